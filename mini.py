@@ -336,13 +336,16 @@ class Thing:
         return PLACES[2 * (self.cell // 8) + (self.cell % 4) // 2]
 
 
-def scene(rng, names: tuple[str, ...] = tuple(OBJECTS), main: str | None = None) -> Picture:
-    """2 to 4 things, one per quadrant, all of different color; names may repeat, to be counted."""
+def scene(rng, names: tuple[str, ...] = tuple(OBJECTS), everything: bool = False) -> Picture:
+    """2 to 4 things, one per quadrant, all of different color; names may repeat, to be counted.
+
+    Questions are about the first thing, whose class is the picture's category; or about everything.
+    """
     n = int(rng.integers(2, 5))
     weather = WEATHER[rng.integers(len(WEATHER))]
     colors = rng.permutation(list(COLORS))[:n]
     quadrants = rng.permutation(4)[:n]
-    first = main or names[rng.integers(len(names))]
+    first = _pick(rng, names)
     things = []
     for k in range(n):
         repeat = k == 0 or rng.random() < 0.4
@@ -364,7 +367,10 @@ def scene(rng, names: tuple[str, ...] = tuple(OBJECTS), main: str | None = None)
     picture = Picture(kind, canvas.image(), canvas.labels)
     if kind == "scene":
         picture.category = OBJECTS[first][0]
-    picture.questions = scene_questions(rng, things, weather, kind == "scene")
+    picture.questions = scene_questions(rng, things, 0, weather)
+    for k in range(1, n if everything else 1):
+        more = scene_questions(rng, things, k, weather)
+        picture.questions += [q for q in more if q[0] not in ("caption", "causal")]
     return picture
 
 
@@ -372,105 +378,65 @@ def _pick(rng, options):
     return options[int(rng.integers(len(options)))]
 
 
-def _refer(rng, t: Thing) -> str:
-    """A phrase that means exactly this thing and does not give away what it is."""
-    return _pick(rng, (f"the {t.color} object", f"the object at the {t.place}"))
+PLURALS = {"glass": "glasses", "knife": "knives", "couch": "couches", "bus": "buses"}
+PLURALS |= {"cross": "crosses"}
 
 
-def scene_questions(rng, things, weather: str, real: bool) -> list[tuple[str, str, str]]:
-    """One question of every kind that the scene allows; the subject is the first thing."""
-    t, n = things[0], len(things)
-    same = [u for u in things if u.name == t.name]
-    unique = len(same) == 1
-    by_name = f"the {t.name}" if unique else f"the object at the {t.place}"
-    other = _pick(
-        rng, [x for x in (OBJECTS if real else SHAPES) if x not in {u.name for u in things}]
-    )
-    wrong_color = _pick(rng, [c for c in COLORS if c != t.color])
-    wrong_place = _pick(rng, [p for p in PLACES if p != t.place])
-    q = []
-    q.append(
-        (
-            "recognition",
-            _pick(rng, (f"what is {_refer(rng, t)}?", f"what do you see at the {t.place}?")),
-            t.name,
-        )
-    )
-    subject = by_name if unique else f"the {t.color} object"
-    q.append(("location", f"where is {_pick(rng, (subject, f'the {t.color} object'))}?", t.place))
-    q.append(
-        (
-            "color",
-            f"what color is {_pick(rng, (by_name, f'the object at the {t.place}'))}?",
-            t.color,
-        )
-    )
-    plural = {
-        "glass": "glasses",
-        "knife": "knives",
-        "couch": "couches",
-        "bus": "buses",
-        "cross": "crosses",
-    }
-    many = plural.get(t.name, t.name + "s")
-    q.append(
-        (
-            "count",
-            *_pick(
-                rng,
-                (
-                    (f"how many {many} are there?", str(len(same))),
-                    ("how many objects are there?", str(n)),
-                ),
-            ),
-        )
+def scene_questions(rng, things, k: int, weather: str) -> list[tuple[str, str, str]]:
+    """(kind, question, answer) of every kind that the scene allows about thing number k."""
+
+    def one(*options):
+        return _pick(rng, options)
+
+    t, n = things[k], len(things)
+    names = tuple(OBJECTS) if t.name in OBJECTS else SHAPES
+    same = sum(u.name == t.name for u in things)
+    here, colored = f"the object at the {t.place}", f"the {t.color} object"
+    named = f"the {t.name}" if same == 1 else here  # names may repeat, colors and places do not
+    q = {}
+    q["recognition"] = one(f"what is {colored}?", f"what do you see at the {t.place}?"), t.name
+    q["location"] = f"where is {one(f'the {t.name}' if same == 1 else colored, colored)}?", t.place
+    q["color"] = f"what color is {one(named, here)}?", t.color
+    many = PLURALS.get(t.name, t.name + "s")
+    q["count"] = one(
+        (f"how many {many} are there?", str(same)), ("how many objects are there?", str(n))
     )
     # judge asks about presence, color, place and number, half of the time truly
     true = rng.random() < 0.5
-    judge = _pick(rng, (
-        f"is there a {t.name if true else other}?",
-        f"is the object at the {t.place} {t.color if true else wrong_color}?",
-        f"is the {t.color} object at the {t.place if true else wrong_place}?",
-        f"are there {n if true else _pick(rng, [k for k in (2, 3, 4) if k != n])} objects?",
-    ))  # fmt: skip
-    q.append(("judge", judge, "yes" if true else "no"))
-    q.append(("action", f"what is {_pick(rng, (by_name, _refer(rng, t)))} doing?", t.action))
-    if real:
+    name = t.name if true else one(*(x for x in names if x not in {u.name for u in things}))
+    color = t.color if true else one(*(c for c in COLORS if c != t.color))
+    place = t.place if true else one(*(p for p in PLACES if p != t.place))
+    number = n if true else one(*(m for m in (2, 3, 4) if m != n))
+    judge = one(
+        f"is there a {name}?",
+        f"is {here} {color}?",
+        f"is {colored} at the {place}?",
+        f"are there {number} objects?",
+    )
+    q["judge"] = judge, "yes" if true else "no"
+    q["action"] = f"what is {one(named, colored)} doing?", t.action
+    if t.name in OBJECTS:
         _, kind, purpose = OBJECTS[t.name]
-        q.append(("type", f"what type of thing is {_refer(rng, t)}?", kind))
-        q.append(("commonsense", f"what can you do with {_refer(rng, t)}?", purpose))
-        if sum(OBJECTS[u.name][1] == kind for u in things) == len(same):
-            q.append(
-                (
-                    "subcategory",
-                    _pick(
-                        rng, (f"which {kind} is this?", f"what kind of {kind} is in the picture?")
-                    ),
-                    t.name,
-                )
-            )
+        q["type"] = f"what type of thing is {one(colored, here)}?", kind
+        q["commonsense"] = f"what can you do with {one(colored, here)}?", purpose
+        if sum(OBJECTS[u.name][1] == kind for u in things) == same:
+            ask = one(f"which {kind} is this?", f"what kind of {kind} is in the picture?")
+            q["subcategory"] = ask, t.name
         if weather != "clear":
-            q.append(
-                (
-                    "causal",
-                    _pick(rng, ("why is nobody outside?", "why is the street empty?")),
-                    weather,
-                )
-            )
-    q.append(("caption", "describe the picture.", f"a {t.color} {t.name} at the {t.place}"))
+            q["causal"] = one("why is nobody outside?", "why is the street empty?"), weather
+    reading = sorted(things, key=lambda u: PLACES.index(u.place))
+    q["caption"] = (
+        "describe the picture.",
+        ", ".join(f"{u.color} {u.name} {u.place}" for u in reading),
+    )
     y, x = divmod(t.cell, 4)
-    box = ", ".join(f"{v / 4:.2f}" for v in (x, y, x + 1, y + 1))
-    q.append(
-        ("box", f"give the box of {_pick(rng, (by_name, f'the {t.color} object'))}.", f"[{box}]")
-    )
-    options = rng.permutation(
-        [t.name] + _pick_some(rng, [x for x in (OBJECTS if real else SHAPES) if x != t.name], 2)
-    )
-    listed = " ".join(f"{LETTERS[k]}. {o}" for k, o in enumerate(options))
-    q.append(
-        ("option", f"what is {_refer(rng, t)}? {listed}", LETTERS[list(options).index(t.name)])
-    )
-    return q
+    corners = ", ".join(f"{v / 4:.2f}" for v in (x, y, x + 1, y + 1))
+    q["box"] = f"give the box of {one(named, colored)}.", f"[{corners}]"
+    options = [t.name, *_pick_some(rng, [x for x in names if x != t.name], 2)]
+    options = _pick_some(rng, options, 3)
+    listed = " ".join(f"{LETTERS[j]}. {o}" for j, o in enumerate(options))
+    q["option"] = f"what is {one(colored, here)}? {listed}", LETTERS[options.index(t.name)]
+    return [(kind, *qa) for kind, qa in q.items()]
 
 
 def _pick_some(rng, options, n: int) -> list:
@@ -778,8 +744,8 @@ def window(rng) -> Picture:
     return Picture("window", canvas.image(), canvas.labels, q)
 
 
-def shapes(rng) -> Picture:
-    return scene(rng, SHAPES)
+def shapes(rng, everything: bool = False) -> Picture:
+    return scene(rng, SHAPES, everything)
 
 
 KINDS = (scene, shapes, sign, arithmetic, bars, candles, slide, aerial, road, diagram, window)
@@ -861,7 +827,7 @@ def draw_vqa(rng, folder: Path, size: float) -> None:
             next_image += 1
             stem = f"COCO_{home}_{image_id:012d}"
             _save(picture.image, folder / "COCO" / home / f"{stem}.png")
-            categories[str(image_id)] = picture.category
+            categories[stem] = picture.category
             for k, (kind, question, answer) in enumerate(_pick_some(rng, usable, 5)):
                 question_id = image_id * 1000 + k
                 answers = _annotators(rng, kind, answer)
@@ -961,11 +927,11 @@ def domain_filter(rng, domain: str, image: np.ndarray) -> np.ndarray:
 
 PICTURE_WEIGHT = {"scene": 8, "shapes": 2, "sign": 2, "arithmetic": 1}  # the others: 1
 # How often a question kind is taught, out of 1. The ten VQA types are rare on purpose: like LLaVA
-# before it sees a benchmark, the base model should understand them and still have to learn them.
+# before it sees a benchmark, the base model should understand and still have to learn them.
 TAUGHT = {
-    "caption": 1.0, "recognition": 0.2, "color": 0.2, "location": 0.2, "count": 0.1, "judge": 0.1,
-    "action": 0.05, "type": 0.05, "commonsense": 0.05, "subcategory": 0.05, "causal": 0.05,
-    "box": 0.15, "option": 0.2,
+    "caption": 1.0, "recognition": 0.25, "color": 0.25, "location": 0.25, "count": 0.1, "judge": 0.1,
+    "action": 0.06, "type": 0.06, "commonsense": 0.06, "subcategory": 0.06, "causal": 0.06,
+    "box": 0.1, "option": 0.15,
 }  # fmt: skip
 TEMPLATE = (  # LLaVA-1.5's form: USER: <image>\n{question} ASSISTANT: {answer}
     "{% for message in messages %}{{ message['role'] | upper }}: "
@@ -977,7 +943,8 @@ TEMPLATE = (  # LLaVA-1.5's form: USER: <image>\n{question} ASSISTANT: {answer}
 
 def draw_any(rng) -> Picture:
     weights = np.array([PICTURE_WEIGHT.get(kind.__name__, 1) for kind in KINDS], float)
-    return KINDS[rng.choice(len(KINDS), p=weights / weights.sum())](rng)
+    kind = KINDS[rng.choice(len(KINDS), p=weights / weights.sum())]
+    return kind(rng, everything=True) if kind in (scene, shapes) else kind(rng)
 
 
 def build_tokenizer():
@@ -1194,15 +1161,19 @@ class Packer:
 
 
 def _packed_logits(model, packed, features):
-    ids, _, position, mask, _ = packed
+    """Logits [n, vocabulary] where an answer token is predicted, and these n tokens."""
+    ids, labels, position, mask, _ = packed
     embeds = model.get_input_embeddings()(ids)
     image = model.model.multi_modal_projector(features)
     at = (ids == model.config.image_token_index)[..., None]
-    embeds = embeds.masked_scatter(at, image)
     hidden = model.model.language_model(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False
+        inputs_embeds=embeds.masked_scatter(at, image),
+        attention_mask=mask,
+        position_ids=position,
+        use_cache=False,
     ).last_hidden_state
-    return model.lm_head(hidden)
+    told = labels[:, 1:] != -100
+    return model.lm_head(hidden[:, :-1][told]), labels[:, 1:][told]
 
 
 def packed_accuracy(model, processor, pictures, features, taught=None) -> dict[str, float]:
@@ -1218,9 +1189,10 @@ def packed_accuracy(model, processor, pictures, features, taught=None) -> dict[s
         for start in range(0, len(pictures), 50):
             part = pictures[start : start + 50]
             packed = packer([[(q, a) for _, q, a in p.questions] for p in part])
-            logits = _packed_logits(model, packed, features[start : start + 50].float())
+            logits, said = _packed_logits(model, packed, features[start : start + 50].float())
             labels, turn = packed[1][:, 1:], packed[4][:, 1:]
-            wrong = (logits[:, :-1].argmax(-1) != labels) & (labels != -100)
+            wrong = labels != -100
+            wrong[wrong.clone()] = logits.argmax(-1) != said
             for b, p in enumerate(part):
                 bad = set(turn[b][wrong[b]].tolist())
                 for k, (kind, _, _) in enumerate(p.questions):
@@ -1280,18 +1252,16 @@ def pretrain(out: Path, seed: int, pictures: int, tower_steps: int, steps: int) 
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * _cosine(step, steps)
-        index = rng.integers(0, held_out, 32)
-        turns = []
+        index, turns = rng.integers(0, held_out, 24), []
         for p in (pool[i] for i in index):
-            chosen = [
-                (q, a) for kind, q, a in p.questions
+            taught = [
+                (q, a)
+                for kind, q, a in p.questions
                 if p.kind not in ("scene", "shapes") or rng.random() < TAUGHT[kind]
-            ]  # fmt: skip
-            turns.append(chosen)
+            ]
+            turns.append(_pick_some(rng, taught, 6))
         packed = packer(turns)
-        logits = _packed_logits(model, packed, features[index].float())
-        keep = packed[1][:, 1:] != -100
-        loss = cross_entropy(logits[:, :-1][keep], packed[1][:, 1:][keep])
+        loss = cross_entropy(*_packed_logits(model, packed, features[index].float()))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -1300,9 +1270,9 @@ def pretrain(out: Path, seed: int, pictures: int, tower_steps: int, steps: int) 
             log({"part": "language", "step": step, "loss": round(loss.item(), 4)})
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if step % 500 == 499 or step == steps - 1:
-            print(
-                packed_accuracy(model, processor, pool[held_out:][:400], features[held_out:][:400])
-            )
+            part = pool[held_out : held_out + 400], features[held_out : held_out + 400]
+            print(packed_accuracy(model, processor, *part))
+            model.save_pretrained(out), processor.save_pretrained(out)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     model.save_pretrained(out)

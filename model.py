@@ -1,0 +1,743 @@
+"""The model side of every script: a frozen LLaVA, LoRA adapters, and a window into its attention.
+
+A LLaVA is three parts in a row. A vision tower cuts the image into P patches and gives one vector
+per patch; a two-layer projector maps each vector to the width of the language model; a decoder-only
+language model reads  [ text before | P image tokens | question | answer ]  as one causal sequence.
+LLaVA-1.5-7B (Liu et al. 2023, arXiv 2310.03744): CLIP ViT-L/14 at 336 px, so P = 24 x 24 = 576
+vectors of 1024 numbers; Llama with 32 layers of 4096. Nothing below assumes these parts or sizes:
+they are read from the config, and the tests run the same code on SigLIP + Qwen2.
+
+    1. Loading                 load_llava, image_grid, image_tokens
+    2. LoRA                    LoRALinear, add_lora, set_lora, lora_off, save_lora, load_lora
+    3. Tower features, once    FeatureCache
+    4. Attention capture       capture_attention
+    5. Forward and generate    forward, generate, answers, enable_checkpointing
+    6. Counting                parameter_report, peak_memory, memory_table
+
+Letters in shapes: B batch, S sequence, P image tokens, T question tokens (most in the batch),
+L captured layers, H heads, D width of a head, C width of the tower, N answer tokens, V vocabulary.
+
+    python model.py --memory      # GPU memory of LoRA training, LLaVA-1.5 7B and 13B, computed
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import resource
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoProcessor, LlavaConfig
+from transformers import LlavaForConditionalGeneration as Llava
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from data import TARGETS, InputError, load_image, pad_square, text_width
+
+# ----------------------------------------------------------------------------------------------
+# 1. Loading
+# ----------------------------------------------------------------------------------------------
+
+
+def load_llava(name, device="cpu", dtype=None):
+    """(model, processor): a LLaVA, frozen and in eval mode, from a folder or a hub id.
+
+    dtype: None = float32 on CPU, bfloat16 elsewhere. Weights come from safetensors only, and no
+    code from the folder is run. Raises InputError if this is no LLaVA or its weights are not whole.
+    """
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    text_width(str(name))  # reads config.json alone: is this a LLaVA at all?
+    try:
+        # use_safetensors: a pickled checkpoint could run code while it is read.
+        model, report = Llava.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        # backend="pil" needs no torchvision, and gives the same pixels with or without it.
+        processor.image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+    except Exception as error:  # not a folder of a model, no network, a broken file: many kinds
+        raise InputError(f"--model {name} could not be loaded: {_first_line(error)}") from error
+    # from_pretrained fills what is missing with random numbers and only warns. We stop instead.
+    wrong = [*report["missing_keys"], *map(str, report["mismatched_keys"])]
+    if wrong:
+        raise InputError(f"--model {name}: {len(wrong)} weights missing or misshapen: {wrong[0]}")
+    # Only the language model gets the capture function of section 4; the tower keeps plain SDPA.
+    model.set_attn_implementation({"text_config": "capture"})
+    return model.requires_grad_(False).to(device).eval(), processor
+
+
+def _first_line(error):
+    return str(error).strip().split("\n")[0].rstrip(".")  # the libraries below write paragraphs
+
+
+def image_grid(model):
+    """(rows, columns) of patches in one image: (24, 24) in LLaVA-1.5."""
+    vision = model.config.vision_config
+    return (vision.image_size // vision.patch_size,) * 2
+
+
+def image_tokens(model, processor):
+    """P, the number of <image> tokens of one image. InputError: pixels do not fit the tower."""
+    pixels, side = processor.image_processor, model.config.vision_config.image_size
+    size = pixels.crop_size if getattr(pixels, "do_center_crop", False) else pixels.size
+    if (size["height"], size["width"]) != (side, side):
+        raise InputError(f"the image processor makes {dict(size)}, the vision tower takes {side}")
+    rows, columns = image_grid(model)
+    return rows * columns
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. LoRA (Hu et al. 2021, arXiv 2106.09685)
+# ----------------------------------------------------------------------------------------------
+# A frozen linear map W gets a detour through a space of only r dimensions (their Eq. 3):
+#
+#     y = W x  +  (alpha / r) B A dropout(x)               A: [r, in], B: [out, r]
+#
+# B starts at zero, so training starts exactly at the pretrained model. Several adapters, each under
+# its own name, can sit on the same W; one of them, or none, is active.
+
+
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear with named adapters: x [..., in] -> y [..., out], in the base's dtype.
+
+    The adapters are float32 over a base of any dtype: at lr 1e-4 a step of AdamW is smaller than
+    the gap between two neighboring bfloat16 numbers, and would be rounded away.
+    """
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        # Keys are "<name>_A" and "<name>_B". The bare name may be a word nn.Module already uses:
+        # VQA v2 has a stage called "type".
+        self.adapters = nn.ParameterDict()
+        self.scale, self.dropout = {}, {}  # by adapter name
+        self.active = None
+
+    def add(self, name, rank, alpha, dropout):
+        # Drawn on the CPU, then moved: one seed gives one adapter on every device.
+        a = nn.init.kaiming_uniform_(torch.empty(rank, self.base.in_features), a=5**0.5)
+        b, device = torch.zeros(self.base.out_features, rank), self.base.weight.device
+        self.adapters[f"{name}_A"] = nn.Parameter(a.to(device))
+        self.adapters[f"{name}_B"] = nn.Parameter(b.to(device))
+        self.scale[name], self.dropout[name] = alpha / rank, dropout
+
+    def pair(self, name):
+        return self.adapters[f"{name}_A"], self.adapters[f"{name}_B"]
+
+    def forward(self, x):
+        y = self.base(x)
+        if self.active is None:
+            return y
+        a, b = self.pair(self.active)
+        h = F.dropout(x.to(a.dtype), self.dropout[self.active], self.training)
+        h = F.linear(h, a) * self.scale[self.active]  # [..., r], cheaper to scale than [..., out]
+        return (y + F.linear(h, b)).to(y.dtype)  # summed in float32, rounded once
+
+
+def _adapted(model, name=None):
+    """{path: LoRALinear} of the layers that carry adapter `name` (None: any adapter)."""
+    found = {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
+    return {path: m for path, m in found.items() if name is None or name in m.scale}
+
+
+def _attach(model, paths, name, rank, alpha, dropout):
+    """Put a new adapter on the linear layers at `paths`, make it active, return its parameters."""
+    if _adapted(model, name):
+        raise ValueError(f"there already is an adapter {name!r}")
+    for path in paths:
+        layer = model.get_submodule(path)
+        if not isinstance(layer, LoRALinear):
+            layer = LoRALinear(layer).train(model.training)
+            model.set_submodule(path, layer)
+        layer.add(name, rank, alpha, dropout)
+    set_lora(model, name)
+    return [p for layer in _adapted(model, name).values() for p in layer.pair(name)]
+
+
+def add_lora(model, name, rank, alpha, dropout, targets):
+    """Add an adapter and make it active; returns its parameters, A and B of layer after layer.
+
+    targets: some of TARGETS: linear layers of every decoder layer, and "projector" for both of its
+    layers. A is drawn from torch's global generator: torch.manual_seed before the call fixes it.
+    Raises InputError for a target that this model does not have.
+    """
+    patterns = {t: rf"model\.language_model\.(.+\.)?{t}_proj" for t in TARGETS}
+    patterns["projector"] = r"model\.multi_modal_projector\.linear_[12]"
+    layers = [p for p, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear))]
+    chosen = set()
+    for target in targets:
+        found = {path for path in layers if re.fullmatch(patterns.get(target, ""), path)}
+        if not found:
+            raise InputError(f"--targets: {target!r} is no layer of this model, see {TARGETS}")
+        chosen |= found
+    paths = [path for path in layers if path in chosen]  # in model order, whatever targets' order
+    return _attach(model, paths, name, rank, alpha, dropout)
+
+
+def set_lora(model, name):
+    """Switch to adapter `name`; None switches all off. Layers without it run bare."""
+    if name is not None and not _adapted(model, name):
+        raise ValueError(f"there is no adapter {name!r}")
+    for layer in _adapted(model).values():
+        layer.active = name if name in layer.scale else None
+
+
+@contextmanager
+def lora_off(model):
+    """The pretrained model inside a with-block: a reference that needs no second copy."""
+    before = [(layer, layer.active) for layer in _adapted(model).values()]
+    set_lora(model, None)
+    try:
+        yield
+    finally:
+        for layer, active in before:
+            layer.active = active
+
+
+def lora_state(model, name):
+    """{"<path>.lora_A.weight": [r, in], "<path>.lora_B.weight": [out, r]}, copies on the CPU."""
+    return {
+        f"{path}.lora_{letter}.weight": p.detach().cpu().clone()
+        for path, layer in _adapted(model, name).items()
+        for letter, p in zip("AB", layer.pair(name), strict=True)
+    }
+
+
+@torch.no_grad()
+def load_lora_state(model, name, state):
+    """Copy a lora_state into an existing adapter. ValueError unless it has exactly these layers."""
+    if lora_state(model, name).keys() != state.keys():
+        raise ValueError(f"adapter {name!r} and the state to load sit on different layers")
+    for path, layer in _adapted(model, name).items():
+        for letter, p in zip("AB", layer.pair(name), strict=True):
+            p.copy_(state[f"{path}.lora_{letter}.weight"])
+
+
+PEFT = "base_model.model."  # where a peft model keeps the model that it wraps
+
+
+def save_lora(model, name, folder, base):
+    """Write an adapter as peft does: peft.PeftModel.from_pretrained(llava, folder) loads it.
+
+    base: name of the pretrained model, noted in the file.
+    """
+    folder, layers = Path(folder), _adapted(model, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    first = next(iter(layers.values()))
+    rank = len(first.adapters[f"{name}_A"])
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(base),
+        "r": rank,
+        "lora_alpha": first.scale[name] * rank,
+        "lora_dropout": first.dropout[name],
+        "target_modules": sorted(layers),  # full paths: the tower has a "q_proj" too
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    state = {PEFT + key: p for key, p in lora_state(model, name).items()}
+    save_file(state, folder / "adapter_model.safetensors")
+
+
+def load_lora(model, name, folder):
+    """Read a folder of save_lora (or a plain LoRA by peft) as a new, active adapter.
+
+    Returns its parameters. Raises InputError if the files are missing or hold anything else.
+    """
+    try:
+        config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        state = load_file(Path(folder) / "adapter_model.safetensors")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: no LoRA could be read: {_first_line(error)}") from error
+    state = {key.removeprefix(PEFT): p for key, p in state.items()}
+    paths = [key.removesuffix(".lora_A.weight") for key in state if ".lora_A." in key]
+    special = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+    if len(state) != 2 * len(paths) or any(config.get(key) for key in special):
+        raise InputError(f"{folder}: this adapter is more than a plain LoRA of one rank")
+    with torch.random.fork_rng(devices=[]):  # these draws are overwritten: take none from the run
+        settings = config["r"], config["lora_alpha"], config["lora_dropout"]
+        parameters = _attach(model, paths, name, *settings)
+    load_lora_state(model, name, state)
+    return parameters
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. Tower features, once per image
+# ----------------------------------------------------------------------------------------------
+
+
+class FeatureCache:
+    """images -> [B, P, C], what the frozen tower hands to the projector, computed once per image.
+
+    The tower never changes, so three epochs need not pay for it three times. The projector comes
+    after the cache, in forward(): LoRA on it gets its gradient.
+
+    where: "memory", "disk" (a file per image in `folder`, kept for the next run too) or "off".
+    limit_gb: when full, nothing is added and nothing thrown out; the images left over go through
+        the tower each time. (Epochs visit the images in a cycle. Throwing out the oldest would
+        throw out each one shortly before its turn.) A 7B image is 576 x 1024 bfloat16 = 1.2 MB.
+    tower_runs: how many images have gone through the tower.
+
+    The key of an image is a hash of its decoded, padded pixels, of the tower's weights and of the
+    preprocessing: a renamed copy is the same image, a re-trained tower is another tower. A path is
+    read once per run: do not change images while a program runs.
+    """
+
+    CHUNK = 32  # images per call of the tower
+
+    def __init__(self, model, processor, where="memory", limit_gb=4.0, folder=None):
+        if where not in ("memory", "disk", "off") or (where == "disk" and folder is None):
+            raise ValueError(f"where is 'memory', 'disk' (with a folder) or 'off', not {where!r}")
+        self.model, self.processor, self.tower_runs = model, processor, 0
+        self.folder = Path(folder) if where == "disk" else None
+        self.limit, self.used = (0 if where == "off" else limit_gb * 1e9), 0
+        self.paths, self.rows = {}, {}  # path -> key, key -> [P, C]
+        # As in LLaVA's own training: the border gets the mean color, which normalizes to zero.
+        self.border = tuple(int(255 * c) for c in processor.image_processor.image_mean)
+        facts = [processor.image_processor.to_dict(), model.config.to_dict(), str(model.dtype)]
+        digest = hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode())
+        for p in model.model.vision_tower.parameters():
+            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+        self.identity = digest.digest()
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.used = sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
+
+    def __call__(self, images):
+        """List of paths or PIL images -> [B, P, C]. Raises InputError for an unreadable image."""
+        keys, missing = [], {}
+        for image in images:
+            key = self.paths.get(str(image)) if isinstance(image, (str, Path)) else None
+            if key is None or not (key in missing or self._has(key)):
+                picture = load_image(image) if isinstance(image, (str, Path)) else image
+                picture = pad_square(picture.convert("RGB"), self.border)
+                pixels = f"{picture.size}".encode() + picture.tobytes()
+                key = hashlib.blake2b(self.identity + pixels, digest_size=16).hexdigest()
+                if isinstance(image, (str, Path)):
+                    self.paths[str(image)] = key
+                if not self._has(key):
+                    missing[key] = picture
+            keys.append(key)
+        fresh, waiting = {}, list(missing)
+        for start in range(0, len(waiting), self.CHUNK):
+            chunk = waiting[start : start + self.CHUNK]
+            fresh.update(zip(chunk, self._tower([missing[k] for k in chunk]), strict=True))
+        for key, row in fresh.items():
+            self._keep(key, row)
+        rows = [fresh[key] if key in fresh else self._load(key) for key in keys]
+        return torch.stack([row.to(self.model.device) for row in rows])
+
+    def _file(self, key):
+        return self.folder / f"{key}.safetensors"
+
+    def _has(self, key):
+        return self._file(key).exists() if self.folder else key in self.rows
+
+    def _load(self, key):
+        return load_file(self._file(key))["features"] if self.folder else self.rows[key]
+
+    def _keep(self, key, row):
+        size = row.numel() * row.element_size()
+        if self.used + size > self.limit:
+            return
+        self.used += size
+        row = row.cpu().clone()
+        if self.folder:  # written aside, then renamed: a killed run leaves no half file
+            part = self.folder / f"{key}.{os.getpid()}.part"
+            save_file({"features": row}, part)
+            os.replace(part, self._file(key))
+        else:
+            self.rows[key] = row
+
+    @torch.no_grad()
+    def _tower(self, pictures):
+        """List of square PIL images -> [n, P, C]."""
+        llava, seen = self.model.model, []
+        llava.vision_tower.eval()  # model.train() is for the dropout of LoRA, not for the tower
+        pixels = self.processor.image_processor(images=pictures, return_tensors="pt").pixel_values
+        # Which layer, and with or without the class token? Whatever this LLaVA gives its projector.
+        projector = llava.multi_modal_projector
+        hook = projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        with lora_off(self.model):
+            llava.get_image_features(pixel_values=pixels.to(self.model.device, self.model.dtype))
+        hook.remove()
+        self.tower_runs += len(pictures)
+        found, grid = seen[0].shape[1], image_tokens(self.model, self.processor)
+        if found != grid:
+            raise InputError(f"the vision tower gives {found} vectors for a grid of {grid} patches")
+        return seen[0]
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. Attention capture
+# ----------------------------------------------------------------------------------------------
+# Fused attention (SDPA) is fast because it never writes down the [S, S] matrix of attention, and so
+# it has none to show. transformers can return the matrix ("eager"), but then all of it, in every
+# layer, at a multiple of the memory. We want only a corner: how T question tokens look at P image
+# tokens.
+#
+#                          before | image | question | answer
+#                        +--------+-------+-------------------+
+#       a question row   |        | keep  |                   |     softmax(q k^T / sqrt(D)) over
+#                        +--------+-------+-------------------+     the WHOLE row, then the image part
+#
+# transformers calls attention functions by name, and lets us register our own. Ours calls SDPA as
+# before, so that logits do not change by a single bit; beside it, in the chosen layers, it computes
+# these T rows: T x S numbers per head instead of S x S. The queries and keys it is given have their
+# rotary positions applied already.
+
+_capture = None  # the capture_attention block that is open, if any
+
+
+def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """query [B, H, S, D], key and value [B, key heads, S, D] -> [B, S, H, D], no matrix."""
+    # Generation reads the question in its first call, with S queries; later calls have one each.
+    if _capture is not None and query.shape[2] == _capture.length:
+        _capture.record(module.layer_idx, query, key, attention_mask, scaling)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+
+
+# Registered under one name in both places: without the second, no padding mask would be built.
+ALL_ATTENTION_FUNCTIONS.register("capture", _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register("capture", sdpa_mask)
+
+
+class capture_attention:
+    """Keep the attention of question tokens to image tokens, with gradient, of one forward pass.
+
+        with capture_attention(model, 4, batch["question_mask"], batch["image_mask"]) as maps:
+            out = forward(model, batch, features)
+            attention, row_mask = maps()           # [B, L, H, T, P] float32, [B, T] bool
+            (out.loss + penalty(attention)).backward()
+
+    layers: the last n decoder layers (an int), or a list of layer numbers.
+    rows, image_mask: [B, S] bool, where the question and the image tokens are in the padded batch.
+
+    attention[b, :, :, t] belongs to the t-th question token of sample b and sums to the share of
+    its attention that goes to the image (the rest goes to text). Where row_mask is False there is
+    no such token, or no image, and the numbers are zero.
+
+    One forward or generate per block, and backward inside it: gradient checkpointing runs the
+    layers again during backward, and must find the same operations.
+    """
+
+    def __init__(self, model, layers, rows, image_mask):
+        depth = model.config.text_config.num_hidden_layers
+        self.layers = range(depth - layers, depth) if isinstance(layers, int) else list(layers)
+        if not self.layers or min(self.layers) < 0 or max(self.layers) >= depth:
+            raise ValueError(f"layers = {layers}, but the language model has {depth}")
+        if model.config.text_config._attn_implementation != "capture":
+            raise ValueError("this model does not use the capture function: load it by load_llava")
+        images = image_mask.sum(1)  # image tokens per sample: P, or 0 in a sample without an image
+        if ((images != 0) & (images != images.max())).any():
+            raise ValueError(f"unequal numbers of image tokens in a batch: {images.tolist()}")
+        self.length = rows.shape[1]
+        self.row_index, real = _positions(rows)  # [B, T]
+        self.column_index, _ = _positions(image_mask)  # [B, P]
+        self.row_mask = real & (images > 0)[:, None]  # [B, T]
+        self.batch_index = torch.arange(len(rows), device=rows.device)[:, None]  # [B, 1]
+        self.maps = {}
+
+    def __enter__(self):
+        global _capture
+        if _capture is not None:
+            raise RuntimeError("capture_attention blocks do not nest")
+        _capture = self
+        return self
+
+    def __exit__(self, *_):
+        global _capture
+        _capture = None
+
+    def record(self, layer, query, key, attention_mask, scaling):
+        """The corner of one layer's attention. query [B, H, S, D], key [B, key heads, S, D]."""
+        if layer not in self.layers:
+            return
+        (B, H, S, D), heads, T = query.shape, key.shape[1], self.row_index.shape[1]
+        # One index operation takes the T rows out: [B, S, H, D] -> [B, T, H, D] -> [B, H, T, D].
+        q = query.transpose(1, 2)[self.batch_index, self.row_index].transpose(1, 2).float()
+        # Grouped-query attention: H / heads neighboring query heads share a key head. Their rows
+        # go into one matrix product, which spares us repeating the keys.
+        q = (q * scaling).reshape(B, heads, H // heads * T, D)
+        scores = (q @ key.float().transpose(2, 3)).view(B, H, T, S)
+        if attention_mask is None:  # no padding: SDPA is told "causal", which we spell out
+            sees = torch.arange(S, device=q.device) <= self.row_index[:, :, None]  # [B, T, S]
+        else:  # [B, 1, S, S], True where a row may look
+            sees = attention_mask[:, 0].expand(B, -1, -1)[self.batch_index, self.row_index]
+        # Adding 0 or -inf is one cheap pass; masked_fill on the scores would need one more backward.
+        barrier = torch.zeros(sees.shape, device=q.device).masked_fill_(~sees, float("-inf"))
+        rows = (scores + barrier[:, None]).softmax(-1)  # [B, H, T, S]
+        columns = self.column_index[:, None, None].expand(B, H, T, -1)
+        corner = rows.gather(-1, columns) * self.row_mask[:, None, :, None]  # [B, H, T, P]
+        # A checkpointed layer comes by again during backward: same work, but the first result stays.
+        self.maps.setdefault(layer, corner)
+
+    def __call__(self):
+        """attention [B, L, H, T, P] float32 with its gradient, row_mask [B, T] bool."""
+        if len(self.maps) < len(self.layers):
+            raise RuntimeError("no forward pass has run in this capture_attention block")
+        return torch.stack([self.maps[layer] for layer in self.layers], dim=1), self.row_mask
+
+
+def _positions(mask):
+    """mask [B, S] -> positions of its True entries [B, most in a row], and which of them are real.
+
+    Shorter rows are filled up with the last position. That is never left padding, whose attention
+    has nothing to look at: a softmax of nothing is NaN, and NaN times zero is NaN.
+    """
+    S = mask.shape[1]
+    index = torch.arange(S, device=mask.device).expand_as(mask).masked_fill(~mask, S)
+    index = index.sort(dim=1).values[:, : int(mask.sum(1).max())]
+    return index.clamp(max=S - 1), index < S
+
+
+def _one_pass_per_block():
+    if _capture is not None and _capture.maps:
+        raise RuntimeError("this capture_attention block already holds a forward pass")
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. Forward and generate
+# ----------------------------------------------------------------------------------------------
+
+
+def enable_checkpointing(model):
+    """In train mode keep only each decoder layer's input, and run the layer again for backward.
+
+    use_reentrant=False: the older variant drops the gradient of captured maps without a word.
+    """
+    language_model = model.model.language_model
+    language_model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def _image_inputs(model, features):
+    """Tower features [images, P, C], put through the projector, as LLaVA takes them for pixels."""
+    if features is None:
+        return None
+    tokens = model.model.multi_modal_projector(features)
+    return {"image": BaseModelOutputWithPooling(pooler_output=list(tokens))}
+
+
+def forward(model, batch, features, **kwargs):
+    """One pass over a padded batch of the Collator, with features of the FeatureCache (or None).
+
+    Returns the output object of transformers with
+      hidden_states   the last is [B, S, width], after the final norm; output_hidden_states=True
+                      in kwargs gives those of all layers before it
+      logits, loss    with batch["labels"] the logits [N, V] of the N answer tokens, sample after
+                      sample, and their mean cross-entropy; without labels [B, S, V] and None
+    Only answer tokens go through the output layer: the logits of a whole 7B sample and their
+    gradient would be 640 x 32,064 floats several times over, all but a few multiplied by zero.
+    """
+    _one_pass_per_block()
+    mask, labels = batch["attention_mask"], batch.get("labels")
+    output = model.model(
+        input_ids=batch["input_ids"],
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),  # counted from the first real token
+        mm_encoder_outputs=_image_inputs(model, features),
+        use_cache=False,
+        **kwargs,
+    )
+    hidden = output.last_hidden_state
+    output.hidden_states = output.hidden_states or (hidden,)
+    if labels is None:
+        output.logits, output.loss = model.lm_head(hidden), None
+    else:
+        labels = labels[:, 1:]  # position s predicts token s + 1
+        output.logits = model.lm_head(hidden[:, :-1][labels != -100])
+        output.loss = F.cross_entropy(output.logits.float(), labels[labels != -100])
+    return output
+
+
+@torch.no_grad()
+def generate(model, processor, batch, features, max_new_tokens=16):
+    """Greedy answers to left-padded prompts: list of B strings, without special tokens.
+
+    An open capture_attention block gets the attention of the prompts.
+    """
+    _one_pass_per_block()
+    stop = model.generation_config.eos_token_id
+    stop = {processor.tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])}
+    pad = processor.tokenizer.pad_token_id
+    training = model.training
+    model.eval()
+    # Greedy whatever the checkpoint's own generation settings ask for: each is overruled here.
+    tokens = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        mm_encoder_outputs=_image_inputs(model, features),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=None,
+        eos_token_id=sorted(stop - {None}),
+        pad_token_id=processor.tokenizer.eos_token_id if pad is None else pad,
+    )
+    model.train(training)
+    new = tokens[:, batch["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def image_features(cache, samples):
+    """[images, P, C] of those samples that have an image, in order; None if none has."""
+    images = [sample.image for sample in samples if sample.image is not None]
+    return cache(images) if images else None
+
+
+def to_device(batch, device):
+    """A batch with its tensors on `device`; everything else as it was."""
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def answers(model, processor, samples, cache, collator, batch_size=64, max_new_tokens=16):
+    """Greedy answers to a list of data.Sample, as strings in the same order.
+
+    Questions of like length share a batch, for little padding; no answer depends on its batch.
+    """
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i].question))
+    texts = {}
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        part = [samples[i] for i in indices]
+        batch = to_device(collator(part, train=False), model.device)
+        found = generate(model, processor, batch, image_features(cache, part), max_new_tokens)
+        texts.update(zip(indices, found, strict=True))
+    return [texts[i] for i in range(len(samples))]
+
+
+# ----------------------------------------------------------------------------------------------
+# 6. Counting
+# ----------------------------------------------------------------------------------------------
+
+
+def parameter_report(model):
+    """Numbers of parameters: {tower, projector, language_model, adapters, trainable, total}."""
+    prefixes = {"tower": "model.vision_tower.", "projector": "model.multi_modal_projector."}
+    count = dict.fromkeys((*prefixes, "language_model", "adapters", "trainable", "total"), 0)
+    for path, p in model.named_parameters():
+        part = next((part for part, start in prefixes.items() if path.startswith(start)), None)
+        part = "adapters" if ".adapters." in path else part or "language_model"
+        count[part] += p.numel()
+        count["trainable"] += p.numel() if p.requires_grad else 0
+        count["total"] += p.numel()
+    return count
+
+
+def peak_memory():
+    """The most memory in use so far, in MB: of the GPU if one was used, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e6
+    if sys.platform == "linux":  # getrusage there counts the process that started this one too
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
+
+
+def _fused_attention_on_meta(module, query, key, value, attention_mask, **kwargs):
+    # What a GPU's fused attention keeps for backward. SDPA without data would take its S x S way.
+    fused = torch.ops.aten._scaled_dot_product_flash_attention
+    return fused(query, key, value)[0].transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("fused_on_meta", _fused_attention_on_meta)
+
+
+@contextmanager
+def _kept_for_backward():
+    """Yields a function that gives the bytes autograd has kept inside the block, weights apart."""
+    kept = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor  # views of one memory count once
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield lambda: sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def memory_table(rank=16, targets=("q", "v", "projector"), text=64, question=24, captured=4):
+    """Markdown table of the GPU memory that LoRA training of LLaVA-1.5 needs: computed.
+
+    The models are built on torch's "meta" device: every shape and no data. Their parameters are
+    counted, and one decoder layer is run to see what autograd keeps of it for backward. Adapters
+    count 16 bytes a parameter: float32 weight, gradient, and the two moments of AdamW.
+    """
+    lines = [
+        f"Computed, not measured. GB (1e9 bytes) for LoRA r = {rank} on {', '.join(targets)}; weights",
+        "in bf16, adapters with gradient and AdamW state in float32; a sample is 576 image tokens and",
+        f"{text} of text, attention captured for {question} question tokens in the last {captured}",
+        "layers. Add 1-2 GB for CUDA itself, the optimizer's temporaries and fragmentation.",
+        "",
+        "| LLaVA-1.5 | checkpointing | weights | adapters | a sample | of it capture "
+        "| total, batch 1 | 4 | 16 |",
+        "|" + "---|" * 9,
+    ]
+    clip = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096}
+    clip |= {"num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+    clip |= {"image_size": 336, "projection_dim": 768}
+    for name, width, inner, depth, heads in (
+        ("7B", 4096, 11008, 32, 32),
+        ("13B", 5120, 13824, 40, 40),
+    ):
+        llama = {"model_type": "llama", "vocab_size": 32064, "hidden_size": width}
+        llama |= {"num_hidden_layers": depth, "intermediate_size": inner}
+        llama |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+        with torch.device("meta"):
+            model = Llava(LlavaConfig(vision_config=clip, text_config=llama))
+        model = model.to(torch.bfloat16).requires_grad_(False).train()
+        weights = 2 * parameter_report(model)["total"]
+        adapters = 16 * sum(
+            p.numel() for p in add_lora(model, "new", rank, 2 * rank, 0.05, targets)
+        )
+        P = image_grid(model)[0] * image_grid(model)[1]
+        S, D, bf16 = P + text, width // heads, {"device": "meta", "dtype": torch.bfloat16}
+
+        model.set_attn_implementation({"text_config": "fused_on_meta"})
+        x, angles = torch.empty(1, S, width, **bf16).requires_grad_(), torch.empty(1, S, D, **bf16)
+        with _kept_for_backward() as kept:
+            model.model.language_model.layers[-1](x, position_embeddings=(angles, angles))
+        layer = kept()
+
+        model.set_attn_implementation({"text_config": "capture"})
+        position = torch.arange(S)[None]
+        corner = capture_attention(model, captured, position >= S - question, position < P)
+        for key in ("row_index", "column_index", "row_mask", "batch_index"):
+            setattr(corner, key, getattr(corner, key).to("meta"))
+        q, k = (torch.empty(1, heads, S, D, **bf16).requires_grad_() for _ in "qk")
+        with _kept_for_backward() as kept:
+            corner.record(depth - 1, q, k, None, D**-0.5)
+        capture = kept()
+
+        # With checkpointing: the input of every layer, and one layer at a time in full.
+        for on, layers, maps in (
+            ("on", depth * x.nbytes + layer, capture),
+            ("off", depth * layer, captured * capture),
+        ):
+            cells = [weights, adapters, layers + maps, maps]
+            cells += [weights + adapters + b * (layers + maps) for b in (1, 4, 16)]
+            lines.append(f"| {name} | {on} | " + " | ".join(f"{c / 1e9:.2f}" for c in cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Memory of LoRA training, from the model's shapes")
+    parser.add_argument("--memory", action="store_true", required=True, help="print the table")
+    parser.parse_args()
+    print(memory_table())
