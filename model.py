@@ -11,7 +11,7 @@ they are read from the config, and the tests run the same code on SigLIP + Qwen2
     2. LoRA                    LoRALinear, add_lora, set_lora, lora_off, save_lora, load_lora
     3. Tower features, once    FeatureCache
     4. Attention capture       capture_attention
-    5. Forward and generate    forward, generate, answers, enable_checkpointing
+    5. Forward and generate    forward, generate, enable_checkpointing
     6. Counting                parameter_report, peak_memory, memory_table
 
 Letters in shapes: B batch, S sequence, P image tokens, T question tokens (most in the batch),
@@ -28,6 +28,7 @@ import re
 import resource
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -365,7 +366,7 @@ class FeatureCache:
         llava, seen = self.model.model, []
         llava.vision_tower.eval()  # model.train() is for the dropout of LoRA, not for the tower
         pixels = self.processor.image_processor(images=pictures, return_tensors="pt").pixel_values
-        # Which layer, and with or without the class token? Whatever this LLaVA gives its projector.
+        # Which layer, with or without the class token? Whatever this LLaVA gives its projector.
         projector = llava.multi_modal_projector
         hook = projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         with lora_off(self.model):
@@ -383,13 +384,12 @@ class FeatureCache:
 # ----------------------------------------------------------------------------------------------
 # Fused attention (SDPA) is fast because it never writes down the [S, S] matrix of attention, and so
 # it has none to show. transformers can return the matrix ("eager"), but then all of it, in every
-# layer, at a multiple of the memory. We want only a corner: how T question tokens look at P image
-# tokens.
+# layer, at a multiple of the memory. We want a corner: how T question tokens see P image tokens.
 #
-#                          before | image | question | answer
-#                        +--------+-------+-------------------+
-#       a question row   |        | keep  |                   |     softmax(q k^T / sqrt(D)) over
-#                        +--------+-------+-------------------+     the WHOLE row, then the image part
+#                     before | image | question | answer
+#                    +-------+-------+-------------------+
+#     a question row |       | keep  |                   |     softmax(q k^T / sqrt(D)) over the
+#                    +-------+-------+-------------------+     WHOLE row, then its image part
 #
 # transformers calls attention functions by name, and lets us register our own. Ours calls SDPA as
 # before, so that logits do not change by a single bit; beside it, in the chosen layers, it computes
@@ -476,12 +476,12 @@ class capture_attention:
             sees = torch.arange(S, device=q.device) <= self.row_index[:, :, None]  # [B, T, S]
         else:  # [B, 1, S, S], True where a row may look
             sees = attention_mask[:, 0].expand(B, -1, -1)[self.batch_index, self.row_index]
-        # Adding 0 or -inf is one cheap pass; masked_fill on the scores would need one more backward.
+        # Adding 0 or -inf is one pass; masked_fill on the scores would cost another in backward.
         barrier = torch.zeros(sees.shape, device=q.device).masked_fill_(~sees, float("-inf"))
         rows = (scores + barrier[:, None]).softmax(-1)  # [B, H, T, S]
         columns = self.column_index[:, None, None].expand(B, H, T, -1)
         corner = rows.gather(-1, columns) * self.row_mask[:, None, :, None]  # [B, H, T, P]
-        # A checkpointed layer comes by again during backward: same work, but the first result stays.
+        # A checkpointed layer comes by again in backward: same work, but the first result stays.
         self.maps.setdefault(layer, corner)
 
     def __call__(self):
@@ -605,22 +605,6 @@ def to_device(batch, device):
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def answers(model, processor, samples, cache, collator, batch_size=64, max_new_tokens=16):
-    """Greedy answers to a list of data.Sample, as strings in the same order.
-
-    Questions of like length share a batch, for little padding; no answer depends on its batch.
-    """
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i].question))
-    texts = {}
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        part = [samples[i] for i in indices]
-        batch = to_device(collator(part, train=False), model.device)
-        found = generate(model, processor, batch, image_features(cache, part), max_new_tokens)
-        texts.update(zip(indices, found, strict=True))
-    return [texts[i] for i in range(len(samples))]
-
-
 # ----------------------------------------------------------------------------------------------
 # 6. Counting
 # ----------------------------------------------------------------------------------------------
@@ -658,9 +642,8 @@ def _fused_attention_on_meta(module, query, key, value, attention_mask, **kwargs
 ALL_ATTENTION_FUNCTIONS.register("fused_on_meta", _fused_attention_on_meta)
 
 
-@contextmanager
-def _kept_for_backward():
-    """Yields a function that gives the bytes autograd has kept inside the block, weights apart."""
+def _kept_for_backward(function):
+    """The bytes that autograd keeps of a call of function() until backward, weights not counted."""
     kept = {}
 
     def keep(tensor):
@@ -669,7 +652,8 @@ def _kept_for_backward():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield lambda: sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        function()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def memory_table(rank=16, targets=("q", "v", "projector"), text=64, question=24, captured=4):
@@ -680,40 +664,36 @@ def memory_table(rank=16, targets=("q", "v", "projector"), text=64, question=24,
     count 16 bytes a parameter: float32 weight, gradient, and the two moments of AdamW.
     """
     lines = [
-        f"Computed, not measured. GB (1e9 bytes) for LoRA r = {rank} on {', '.join(targets)}; weights",
-        "in bf16, adapters with gradient and AdamW state in float32; a sample is 576 image tokens and",
-        f"{text} of text, attention captured for {question} question tokens in the last {captured}",
-        "layers. Add 1-2 GB for CUDA itself, the optimizer's temporaries and fragmentation.",
+        f"Computed, not measured: GB (1e9 bytes) for LoRA r = {rank} on {', '.join(targets)};",
+        "weights in bf16, adapters with gradient and AdamW state in float32. A sample is 576 image",
+        f"tokens and {text} of text; attention of {question} question tokens is captured in the",
+        f"last {captured} layers. Add 1-2 GB for CUDA itself, temporaries and fragmentation.",
         "",
         "| LLaVA-1.5 | checkpointing | weights | adapters | a sample | of it capture "
-        "| total, batch 1 | 4 | 16 |",
+        "| total, batch 1 | batch 4 | batch 16 |",
         "|" + "---|" * 9,
     ]
-    clip = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096}
-    clip |= {"num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
-    clip |= {"image_size": 336, "projection_dim": 768}
+    clip = dict(model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096)
+    clip |= dict(num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
     for name, width, inner, depth, heads in (
         ("7B", 4096, 11008, 32, 32),
         ("13B", 5120, 13824, 40, 40),
     ):
-        llama = {"model_type": "llama", "vocab_size": 32064, "hidden_size": width}
-        llama |= {"num_hidden_layers": depth, "intermediate_size": inner}
-        llama |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+        llama = dict(model_type="llama", vocab_size=32064, hidden_size=width)
+        llama |= dict(intermediate_size=inner, num_hidden_layers=depth, num_attention_heads=heads)
         with torch.device("meta"):
             model = Llava(LlavaConfig(vision_config=clip, text_config=llama))
         model = model.to(torch.bfloat16).requires_grad_(False).train()
         weights = 2 * parameter_report(model)["total"]
-        adapters = 16 * sum(
-            p.numel() for p in add_lora(model, "new", rank, 2 * rank, 0.05, targets)
-        )
+        adapter = add_lora(model, "new", rank, 2 * rank, 0.05, targets)
+        adapters = 16 * sum(p.numel() for p in adapter)
         P = image_grid(model)[0] * image_grid(model)[1]
-        S, D, bf16 = P + text, width // heads, {"device": "meta", "dtype": torch.bfloat16}
+        S, D, bf16 = P + text, width // heads, dict(device="meta", dtype=torch.bfloat16)
 
         model.set_attn_implementation({"text_config": "fused_on_meta"})
-        x, angles = torch.empty(1, S, width, **bf16).requires_grad_(), torch.empty(1, S, D, **bf16)
-        with _kept_for_backward() as kept:
-            model.model.language_model.layers[-1](x, position_embeddings=(angles, angles))
-        layer = kept()
+        last = model.model.language_model.layers[-1]
+        x, angle = torch.empty(1, S, width, **bf16).requires_grad_(), torch.empty(1, S, D, **bf16)
+        layer = _kept_for_backward(partial(last, x, position_embeddings=(angle, angle)))
 
         model.set_attn_implementation({"text_config": "capture"})
         position = torch.arange(S)[None]
@@ -721,18 +701,16 @@ def memory_table(rank=16, targets=("q", "v", "projector"), text=64, question=24,
         for key in ("row_index", "column_index", "row_mask", "batch_index"):
             setattr(corner, key, getattr(corner, key).to("meta"))
         q, k = (torch.empty(1, heads, S, D, **bf16).requires_grad_() for _ in "qk")
-        with _kept_for_backward() as kept:
-            corner.record(depth - 1, q, k, None, D**-0.5)
-        capture = kept()
+        maps = _kept_for_backward(partial(corner.record, depth - 1, q, k, None, D**-0.5))
 
         # With checkpointing: the input of every layer, and one layer at a time in full.
-        for on, layers, maps in (
-            ("on", depth * x.nbytes + layer, capture),
-            ("off", depth * layer, captured * capture),
+        for on, sample, capture in (
+            ("on", depth * x.nbytes + layer + maps, maps),
+            ("off", depth * layer + captured * maps, captured * maps),
         ):
-            cells = [weights, adapters, layers + maps, maps]
-            cells += [weights + adapters + b * (layers + maps) for b in (1, 4, 16)]
-            lines.append(f"| {name} | {on} | " + " | ".join(f"{c / 1e9:.2f}" for c in cells) + " |")
+            totals = [weights + adapters + batch * sample for batch in (1, 4, 16)]
+            cells = [f"{c / 1e9:.2f}" for c in (weights, adapters, sample, capture, *totals)]
+            lines.append(f"| {name} | {on} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """Two tiny LLaVAs with random weights, saved and loaded like real ones, and a few samples.
 
 `tiny` is CLIP + Llama (class token, as many key heads as query heads), `tiny_siglip_qwen` is
-SigLIP + Qwen2 (no class token, two query heads to a key head, ChatML prompt); `llava` runs a test on
-both. Every test gets a fresh copy. `tiny_folder` and `tiny_siglip_qwen_folder` are the folders.
+SigLIP + Qwen2 (no class token, two query heads to a key head, ChatML prompt); `llava` runs a test
+on both. Every test gets a fresh copy. `tiny_folder` and `tiny_siglip_qwen_folder` are the folders.
 """
 
 import copy
@@ -207,7 +207,7 @@ def llava(request, loaded):
 
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory):
-    """64 samples with questions of different length, over 16 different images that are not square."""
+    """64 samples: questions of different length over 16 different images that are not square."""
     folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     paths = []
     for i in range(16):

@@ -1,7 +1,7 @@
 """Our functions against numbers computed by the authors' public code (tests/golden/asr_golden.npz).
 
-The file stores inputs and outputs. The public code averages over tokens before it normalises, keeps
-DC, uses bins over [-pi, pi), renormalises the posterior over the skills that have a prototype and does
+The file stores inputs and outputs. The public code averages over tokens before it normalizes, keeps
+DC, uses bins over [-pi, pi), rescales the posterior over the skills that have a prototype and does
 not detach the weight: switches of the same functions that `asr.py` trains with.
 """
 

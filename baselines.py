@@ -1,0 +1,348 @@
+"""The rows that every method is compared with: zero-shot, sequential LoRA, joint training.
+
+A reference script: read it from top to bottom, copy it, edit it. Its sections have the numbers of
+asr.py's, whose run without any method it is: `diff asr.py baselines.py` shows what a method adds.
+
+    zeroshot    the pretrained model, tested on every stage: what there is to start from
+    sequential  one LoRA adapter trained on stage after stage: the lower bound that a method must
+                beat; the same run as `asr.py --beta 0 --gamma 0`, bit for bit
+    joint       one LoRA adapter trained on all stages at once: the upper bound, not continual
+
+    python baselines.py --method sequential --stream vqacl        mini stream, tiny LLaVA: minutes
+    python baselines.py --method joint --stream vqacl --data DIR --model llava-hf/llava-1.5-7b-hf
+    python baselines.py --method joint --blind                    also test with all images black
+
+zeroshot and joint fill the last row of the accuracy matrix only, so they have AP and no forgetting.
+T is the number of stages, t a stage.
+"""
+
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+import eval as evaluation
+from data import (
+    Collator,
+    InputError,
+    Stage,
+    add_common_flags,
+    fail,
+    load_stream,
+    resolve_defaults,
+    show_sample,
+    train_order,
+)
+
+# --------------------------------------------------------------------------------------------------
+# 1. Flags
+# --------------------------------------------------------------------------------------------------
+
+
+# fmt: off
+def parse(argv=None):
+    """All flags; InputError if one of this script's own makes no sense."""
+    parser = argparse.ArgumentParser("baselines.py", description=__doc__.split("\n")[0])
+    add_common_flags(parser)
+    add = parser.add_argument_group("baseline").add_argument
+    add("--method", default="sequential", choices=["zeroshot", "sequential", "joint"],
+        help="which row (default: sequential)")
+    add("--blind", action="store_true",
+        help="at the end test with black images, too: what is known without looking")
+    add = parser.add_argument_group("evaluation and checkpoints").add_argument
+    add("--eval_batch_size", type=int, default=64, metavar="B",
+        help="questions answered at once (default: 64)")
+    add("--max_new_tokens", type=int, default=16, metavar="N", help="longest answer (default: 16)")
+    add("--save_every", type=int, default=100, metavar="N",
+        help="checkpoint every N steps inside a stage too; 0: after stages only (default: 100)")
+    args = parser.parse_args(argv)
+    if args.save_every < 0:
+        raise InputError(f"--save_every {args.save_every} must be zero or more")
+    for name in ("eval_batch_size", "max_new_tokens"):
+        if not getattr(args, name) > 0:
+            raise InputError(f"--{name} {getattr(args, name)} must be above zero")
+    if args.out is None and not args.plot:
+        args.out = f"runs/{args.method}-{Path(args.stream).resolve().name}-{args.seed}"
+    return args
+# fmt: on
+
+
+# Wrong flags and missing files are reported before the seconds that importing torch takes.
+if __name__ == "__main__":
+    try:
+        args = parse()
+        if not args.plot:
+            stream = load_stream(resolve_defaults(args))
+            run = evaluation.start_run(args, __file__)
+    except InputError as error:
+        fail(error)
+
+import torch  # noqa: E402
+
+from model import (  # noqa: E402
+    FeatureCache,
+    add_lora,
+    enable_checkpointing,
+    forward,
+    generate,
+    image_features,
+    image_tokens,
+    load_llava,
+    load_lora_state,
+    lora_state,
+    parameter_report,
+    peak_memory,
+    save_lora,
+    to_device,
+)
+
+# --------------------------------------------------------------------------------------------------
+# 5. One micro-batch
+# --------------------------------------------------------------------------------------------------
+
+
+def backward(model, batch, features, share):
+    """Forward and backward of one micro-batch, which holds `share` of the step's answer tokens."""
+    loss = forward(model, batch, features).loss * share
+    loss.backward()
+    return loss.detach()
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Evaluation
+# --------------------------------------------------------------------------------------------------
+
+
+def evaluate_stage(model, processor, cache, collator, stage, args, title, blind=False):
+    """Rows of eval.evaluate; blind: every image is black."""
+
+    def answer(samples):
+        batch = to_device(collator(samples, train=False), model.device)
+        features = image_features(cache, samples)
+        if blind and features is not None:
+            features = cache([Image.new("RGB", (64, 64))]).expand_as(features)
+        return generate(model, processor, batch, features, args.max_new_tokens)
+
+    return evaluation.evaluate(answer, stage.test, stage.metric, args.eval_batch_size, title)
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. The run
+# --------------------------------------------------------------------------------------------------
+
+ADAPTER = "continual"  # the one LoRA adapter that goes through all stages
+
+
+def save_checkpoint(run, state):
+    """Write run/checkpoint/state.pt whole or not at all: a kill leaves the one before."""
+    path = run / "checkpoint" / "state.pt"
+    path.parent.mkdir(exist_ok=True)
+    torch.save(state, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def random_state():
+    """torch's generators, the only ones drawn from while training (LoRA's dropout)."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *gpus]
+
+
+def set_random_state(states):
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
+def main(args, stream, run):
+    """Train on what the method trains on, test, write the run folder."""
+    clock, seconds = time.perf_counter(), {}
+
+    def lap(part):
+        """Book the time since the last lap on a part of the run."""
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[part] = seconds.get(part, 0.0) + now - clock
+        clock = now
+
+    # ---- 7.1 The model: a frozen LLaVA with one LoRA adapter ------------------------------------
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    model, processor = load_llava(args.model, device, dtype)
+    torch.manual_seed(args.seed)
+    parameters = []
+    if args.method != "zeroshot":
+        targets = args.targets.split(",")
+        parameters = add_lora(model, ADAPTER, args.rank, args.alpha, args.dropout, targets)
+    checkpointing = args.gradient_checkpointing
+    if checkpointing or (checkpointing is None and device != "cpu"):
+        enable_checkpointing(model)
+    folder = Path(__file__).parent / "data" / "features" if args.features == "disk" else None
+    cache = FeatureCache(model, processor, args.features, args.feature_gb, folder)
+    collator = Collator(processor, image_tokens(model, processor))
+
+    def collate(samples):
+        batch = collator(samples, train=True)
+        return to_device(batch, model.device), image_features(cache, samples)
+
+    # ---- 7.2 What is about to happen ------------------------------------------------------------
+    stages, T = stream.stages, len(stream.stages)
+    plan = list(enumerate(stages))  # (row of the matrix, stage to train on before it is filled)
+    if args.method == "joint":
+        everything = [sample for stage in stages for sample in stage.train]
+        plan = [(T - 1, Stage("all stages", everything, [], stages[0].metric))]
+    elif args.method == "zeroshot":
+        plan = [(T - 1, Stage("nothing", [], [], stages[0].metric))]
+    count, micro = parameter_report(model), args.batch_size // args.accumulate
+    sizes = ", ".join(f"{stage.name} {len(stage.train)} + {len(stage.test)}" for stage in stages)
+    show_sample(stages[0].train[0], processor)
+    print(f"\n{run}: on {model.device} in {model.dtype}, {torch.get_num_threads()} CPU threads")
+    print(f"{count['total']:,} parameters, {count['trainable']:,} trained (LoRA on {args.targets})")
+    print(f"{T} stages, training + test samples: {sizes}")
+    print(f"{args.epochs} epochs in steps of {args.batch_size} samples, micro-batches of {micro}")
+    print(f"{args.method}: trains on " + ", then ".join(stage.name for _, stage in plan))
+
+    # ---- 7.3 Records, from the checkpoint if there is one ---------------------------------------
+    matrix, novel = np.full((T, T), np.nan), np.full((T, T), np.nan)
+    first, step, unfinished = 0, 0, None  # stage to begin with, steps so far, a stage half done
+    if args.resume and (run / "checkpoint" / "state.pt").exists():
+        state = torch.load(run / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
+        torch.set_num_threads(state["threads"])  # another number would round differently
+        load_lora_state(model, ADAPTER, state["lora"])
+        set_random_state(state["random"])
+        first, step, unfinished = state["stage"], state["step"], state["unfinished"]
+        matrix, novel, seconds = state["matrix"].numpy(), state["novel"].numpy(), state["seconds"]
+        print(f"resumed after {first} stages and {step} steps")
+    evaluation.truncate_metrics(run, step)
+
+    def checkpoint(done, unfinished=None):
+        state = {"stage": done, "unfinished": unfinished, "step": step, "random": random_state()}
+        state |= {"lora": lora_state(model, ADAPTER)}
+        state |= {"matrix": torch.tensor(matrix), "novel": torch.tensor(novel)}
+        save_checkpoint(run, state | {"seconds": seconds, "threads": torch.get_num_threads()})
+
+    # ---- 7.4 Stage after stage ------------------------------------------------------------------
+    lap("start")
+    for p in range(first, len(plan)):
+        (t, stage), train = plan[p], plan[p][1].train
+
+        # a new optimizer; its learning rate falls as a cosine from lr to zero within the stage
+        steps, size = [], args.batch_size
+        if train:
+            optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01)
+            orders = [train_order(stage, args.seed, e, args.epochs) for e in range(args.epochs)]
+            steps = [order[k : k + size] for order in orders for k in range(0, len(order), size)]
+        begin = 0
+        if unfinished:
+            begin = unfinished["steps"]
+            optimizer.load_state_dict(unfinished["optimizer"])
+            unfinished = None
+
+        model.train()
+        title = f"stage {p + 1}/{len(plan)} {stage.name}"
+        bar = tqdm(range(begin, len(steps)), title, len(steps), initial=begin, disable=None)
+        for k in bar:
+            lr = args.lr * 0.5 * (1 + math.cos(math.pi * k / len(steps)))
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.zero_grad()
+            parts = [steps[k][m : m + micro] for m in range(0, len(steps[k]), micro)]
+            batches = [collate([train[i] for i in part]) for part in parts]
+            tokens = [int((batch["labels"] != -100).sum()) for batch, _ in batches]
+            loss = 0.0
+            for (batch, features), n in zip(batches, tokens, strict=True):
+                loss += backward(model, batch, features, n / sum(tokens)).item()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+            if not math.isfinite(loss + norm):
+                raise InputError(
+                    f"{title}, step {k + 1}: loss {loss}, gradient norm {norm}; stopped. "
+                    f"The last good checkpoint stays in {run / 'checkpoint'}; try a lower --lr "
+                    f"(now {args.lr:g}) with another --out"
+                )
+            optimizer.step()
+            step += 1
+            line = {"step": step, "stage": p + 1, "lr": lr, "gradient_norm": norm, "loss": loss}
+            evaluation.append_metrics(run, line)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            if args.save_every and (k + 1) % args.save_every == 0:
+                lap("train")
+                checkpoint(p, {"steps": k + 1, "optimizer": optimizer.state_dict()})
+        lap("train")
+
+        # test on all stages seen so far; with --hold_out also on the object group that was left out
+        model.eval()
+        for tests, scores, kind in ((stages, matrix, ""), (stream.novel or [], novel, "novel-")):
+            for i, test in enumerate(tests[: t + 1]):
+                title = f"test {kind}{test.name}"
+                rows = evaluate_stage(model, processor, cache, collator, test, args, title)
+                scores[t, i] = evaluation.accuracy(rows)
+                evaluation.write_predictions(run, t, f"{kind}{i + 1}" if kind else i, rows)
+        evaluation.write_matrix(run, stages, matrix)
+        print(f"after {stage.name}: " + " ".join(f"{a:.1f}" for a in matrix[t, : t + 1]))
+        lap("evaluation")
+        if parameters:
+            checkpoint(p + 1)
+
+    # ---- 7.5 The result -------------------------------------------------------------------------
+    names = [stage.name for stage in stages]
+    print("\n" + evaluation.table(matrix, names) + "\n")
+    summary = {"peak_memory_mb": peak_memory(), "trainable_parameters": count["trainable"]}
+    summary |= {"tower_runs": cache.tower_runs}
+    if args.blind:
+        blind, kinds = [], {}  # accuracy per stage; [seeing, blind] scores per kind of question
+        for i, stage in enumerate(stages):
+            title = f"blind {stage.name}"
+            rows = evaluate_stage(model, processor, cache, collator, stage, args, title, blind=True)
+            blind.append(evaluation.accuracy(rows))
+            evaluation.write_predictions(run, T - 1, f"blind-{i + 1}", rows)
+            seeing = evaluation.predictions_file(run, T - 1, i)
+            for a, b in zip(evaluation.read_json(seeing, lines=True), rows, strict=True):
+                kinds.setdefault(b["skill"], []).append((a["score"], b["score"]))
+        kinds = {kind: [100 * np.mean(x) for x in zip(*kinds[kind], strict=True)] for kind in kinds}
+        summary["blind"] = {"stages": blind, "AP": np.mean(blind), "seeing_blind_by_kind": kinds}
+        print(f"blind, on task 1 to {T}: " + " ".join(f"{a:.1f}" for a in blind))
+        lap("evaluation")
+    if stream.novel:
+        print("object group left out of training:\n" + evaluation.table(novel, names) + "\n")
+        summary["novel"] = {"matrix": novel, "metrics": evaluation.metrics(novel)}
+    if parameters:
+        save_lora(model, ADAPTER, run / "lora", args.model)
+    lap("end")
+    summary |= {"seconds": sum(seconds.values()), "seconds_by_part": seconds}
+    evaluation.finish_run(run, summary)
+    plot([run], run / "figures")
+    print("seconds: " + ", ".join(f"{part} {value:.1f}" for part, value in seconds.items()))
+    print(f"peak memory {summary['peak_memory_mb']:,.0f} MB; everything is in {run}")
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Figures from saved records: python baselines.py --plot RUN [RUN ...]
+# --------------------------------------------------------------------------------------------------
+
+
+def plot(folders, path=None):
+    """The first run's accuracy matrix, and the accuracy of all runs over their stages."""
+    records = {str(folder): evaluation.read_run(folder) for folder in folders}
+    path, first = Path(path or Path(folders[0]) / "figures"), next(iter(records.values()))
+    name = first["args"].get("method", first["script"])
+    evaluation.plot_matrix(first["matrix"], first["stages"], path / "matrix.png", name)
+    curves = {folder: record["matrix"] for folder, record in records.items()}
+    evaluation.plot_accuracy(curves, path / "accuracy.png")
+    print(f"figures: {path}")
+
+
+if __name__ == "__main__":
+    try:
+        if args.plot:
+            plot(args.plot, args.out)
+        else:
+            main(args, stream, run)
+    except InputError as error:
+        fail(error)

@@ -1,0 +1,226 @@
+"""The scripts as a user runs them: whole runs on a small stream with a random tiny LLaVA.
+
+Most runs happen inside this process, since importing torch takes longer than they do; what is about
+processes (exit codes, a kill) starts one.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import asr
+import baselines
+import data
+import eval as evaluation
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"asr": asr, "baselines": baselines}
+
+
+@pytest.fixture(scope="session")
+def stream_folder(tmp_path_factory):
+    """Three stages of 12 training and 5 test questions of two kinds; one sample has no image."""
+    root, random = tmp_path_factory.mktemp("stream"), np.random.default_rng(0)
+    for s, stage in enumerate(("one", "two", "three")):
+        (root / stage / "images").mkdir(parents=True)
+        records = {"train": [], "test": []}
+        for split, n in (("train", 12), ("test", 5)):
+            for k in range(n):
+                name = f"images/{split}{k}.png"
+                pixels = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / stage / name)
+                kind = ("color", "count")[k % 2]
+                question = ("what color is the cup?", "how many cars are there?")[k % 2]
+                answer = ("red", "three")[(k + s) % 2]
+                record = {"id": f"{stage}{k}", "image": name, "skill": kind}
+                if split == "train":
+                    turns = [("human", f"<image>\n{question}"), ("gpt", answer)]
+                    record["conversations"] = [{"from": a, "value": b} for a, b in turns]
+                else:
+                    record |= {"text": question, "answer": answer}
+                if stage == "two" and k == 3:
+                    del record["image"]
+                    if split == "train":
+                        record["conversations"][0]["value"] = question
+                records[split].append(record)
+        for split, content in records.items():
+            (root / stage / f"{split}.json").write_text(json.dumps(content))
+    (root / "stream.json").write_text(json.dumps({"stages": ["one", "two", "three"]}))
+    return root
+
+
+@pytest.fixture(scope="session")
+def flags(stream_folder, tiny_folder):
+    """The flags that all runs share."""
+    text = f"--stream {stream_folder} --model {tiny_folder} --batch_size 4 --epochs 2 --lr 2e-2"
+    return [*text.split(), "--threads", "1", "--max_new_tokens", "4"]
+
+
+def run_here(script, flags, out):
+    """A run of a script in this process; returns its folder."""
+    module = SCRIPTS[script]
+    args = module.parse([*flags, "--out", str(out)])
+    stream = data.load_stream(data.resolve_defaults(args))
+    run = evaluation.start_run(args, f"{script}.py")
+    module.main(args, stream, run)
+    return run
+
+
+def start(script, flags, out, **kwargs):
+    """A run of a script in a process of its own."""
+    command = [sys.executable, f"{script}.py", *map(str, flags), "--out", str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes, **kwargs)
+
+
+def results(run):
+    """Everything of a run that must not depend on when, where or how often it was started."""
+    files = ["matrix.json", "lora/adapter_model.safetensors"]
+    files += sorted(str(p.relative_to(run)) for p in (run / "predictions").iterdir())
+    return {name: (run / name).read_bytes() for name in files}
+
+
+@pytest.fixture(scope="session")
+def asr_run(flags, tmp_path_factory):
+    """An uninterrupted run of the method, with skills that return and both losses at work."""
+    return run_here("asr", [*flags, "--skills", "parser"], tmp_path_factory.mktemp("run") / "asr")
+
+
+def test_a_run_leaves_its_records(asr_run):
+    for name in ("args.json", "summary.json", "spectra.npz", "checkpoint/state.pt"):
+        assert (asr_run / name).is_file(), name
+    lines = [json.loads(line) for line in (asr_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 19))  # 3 stages, 2 epochs, 3 steps
+    assert all(line["spectral"] == 0 for line in lines if line["stage"] == 1)
+    assert all(line["spectral"] > 0 and line["weight"] > 0 for line in lines if line["stage"] > 1)
+    assert all(line["geometry"] > 0 for line in lines[1:])  # at the first step LoRA is still zero
+    assert all(abs(lines[k]["lr"] - 2e-2) < 1e-12 for k in (0, 6, 12))  # a cosine per stage
+    summary = json.loads((asr_run / "summary.json").read_text())
+    assert summary["tower_runs"] == 3 * 17 - 2  # every image once; two samples have none
+    assert summary["prototype_floats"] == 2 * (2 * 40 + 8 + 1)
+    assert evaluation.rescore(asr_run) == []
+    spectra = np.load(asr_run / "spectra.npz")
+    assert spectra["3-2-phi"].shape == (5, 40) and np.isnan(spectra["3-2-phi"][3]).all()
+    assert np.isfinite(spectra["3-1-map"]).all() and spectra["2-2-picture"].dtype == np.uint8
+
+
+def test_a_run_draws_its_figures(asr_run):
+    names = {path.name for path in (asr_run / "figures").iterdir()}
+    assert len(names) == 9 and all(
+        (asr_run / "figures" / name).stat().st_size > 5000 for name in names
+    )
+
+
+def test_no_method_is_sequential_lora_bit_for_bit(flags, tmp_path):
+    plain = run_here("asr", [*flags, "--beta", "0", "--gamma", "0"], tmp_path / "asr")
+    sequential = run_here("baselines", flags, tmp_path / "sequential")
+    assert results(plain) == results(sequential)
+    asr.plot([plain, plain], tmp_path / "figures")  # two runs side by side
+    with pytest.raises(data.InputError, match="holds no spectra"):
+        asr.plot([sequential], tmp_path / "figures")
+
+
+def test_bfloat16_checkpointing_accumulation_and_a_held_out_group(flags, tmp_path):
+    more = "--dtype bf16 --gradient_checkpointing --accumulate 2 --limit 8 --skills shared"
+    args = asr.parse([*flags, *more.split(), "--out", str(tmp_path / "run")])
+    stream = data.load_stream(data.resolve_defaults(args))
+    stream.novel = [data.Stage(s.name, [], s.test[:2], s.metric) for s in stream.stages]
+    run = evaluation.start_run(args, "asr.py")
+    asr.main(args, stream, run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 12 and lines[-1]["spectral"] > 0 and lines[-1]["geometry"] > 0
+    assert (run / "predictions" / "after-3-on-novel-2.jsonl").read_text().count("\n") == 2
+    assert len(json.loads((run / "summary.json").read_text())["novel"]["matrix"]) == 3
+
+
+def test_joint_and_zeroshot(flags, tmp_path):
+    for method, more in (("joint", ["--blind"]), ("zeroshot", [])):
+        run = run_here("baselines", [*flags, "--method", method, *more], tmp_path / method)
+        matrix = json.loads((run / "matrix.json").read_text())["matrix"]
+        assert matrix[0] == [None] * 3 and None not in matrix[2]
+        summary = json.loads((run / "summary.json").read_text())
+        assert (summary["trainable_parameters"] == 0) == (method == "zeroshot")
+        assert ("blind" in summary) == (method == "joint")
+    baselines.plot([run], tmp_path / "figures")
+
+
+def test_killed_and_resumed_gives_the_same_bytes(asr_run, flags, tmp_path):
+    run, more = tmp_path / "killed", ["--skills", "parser", "--save_every", "2"]
+    process = start("asr", [*flags, *more], run)
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None and (
+        not metrics.exists() or metrics.read_bytes().count(b"\n") < 9
+    ):
+        time.sleep(0.005)  # nine lines: stage 2, past its first checkpoint
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (run / "summary.json").exists()
+    state = torch.load(run / "checkpoint" / "state.pt", weights_only=True)
+    assert state["stage"] == 1 and state["unfinished"]["steps"] >= 2
+    with open(metrics, "a") as file:
+        file.write('{"step": 99')  # and the kill may have torn the last line
+    with pytest.raises(data.InputError, match="--resume"):
+        run_here("asr", [*flags, *more], run)
+    run_here("asr", [*flags, *more, "--resume"], run)
+    assert results(run) == results(asr_run)
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 19))
+    with pytest.raises(SystemExit) as finished:
+        run_here("asr", [*flags, *more], run)
+    assert finished.value.code == 0
+    with pytest.raises(data.InputError, match="beta"):
+        run_here("asr", [*flags, *more, "--beta", "1"], run)
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(flags, tmp_path):
+    process = start("asr", [*flags, "--lr", "1e30", "--save_every", "1"], tmp_path / "run")
+    output, errors = process.communicate()
+    assert process.returncode == 2, errors
+    message = errors.strip().splitlines()[-1]
+    assert message.startswith("error: stage 1/3 one, step") and "--lr" in message
+    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert state["step"] == len(lines) >= 1
+    assert "question row" in output  # the decoded example was shown before training
+
+
+def test_bad_flags_are_reported_before_torch_is_imported(flags, tmp_path):
+    began = time.perf_counter()
+    process = start("baselines", ["--stream", "nothing"], tmp_path / "run")
+    _, errors = process.communicate()
+    assert process.returncode == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+    assert time.perf_counter() - began < 3 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["--beta -1", "--tau 0", "--layers 0", "--ema 1", "--save_every -1", "--bins 0", "--gamma nan"],
+)
+def test_flags_of_the_method_are_checked(wrong):
+    with pytest.raises(data.InputError, match=wrong.split()[0]):
+        asr.parse(wrong.split())
+
+
+def test_too_many_layers(flags, tmp_path):
+    with pytest.raises(data.InputError, match="--layers 5: this language model has 4"):
+        run_here("asr", [*flags, "--layers", "5"], tmp_path / "run")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read(script):
+    own, common, records = ((ROOT / f"{name}.py").read_text() for name in (script, "data", "eval"))
+    before, after = common.split("def add_common_flags")
+    used = own.split("parse_args(argv)")[1] + before + after.split("# fmt: on")[1] + records
+    for flag in vars(SCRIPTS[script].parse([])):
+        assert re.search(rf"\bargs\.{flag}\b", used), f"--{flag} is read nowhere"
