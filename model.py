@@ -369,7 +369,7 @@ class FeatureCache:
         # Which layer, with or without the class token? Whatever this LLaVA gives its projector.
         projector = llava.multi_modal_projector
         hook = projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        with lora_off(self.model):
+        with lora_off(self.model):  # or its dropout on the projector would draw random numbers
             llava.get_image_features(pixel_values=pixels.to(self.model.device, self.model.dtype))
         hook.remove()
         self.tower_runs += len(pictures)
