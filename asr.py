@@ -162,22 +162,24 @@ from torch.nn.functional import normalize as unit  # noqa: E402
 from torch.nn.functional import one_hot  # noqa: E402
 
 from model import (  # noqa: E402
-    FeatureCache,
     add_lora,
     capture_attention,
-    enable_checkpointing,
     forward,
     generate,
     image_features,
     image_grid,
     image_tokens,
-    load_llava,
+    load_checkpoint,
     load_lora_state,
     lora_off,
     lora_state,
     parameter_report,
     peak_memory,
+    random_state,
+    save_checkpoint,
     save_lora,
+    set_random_state,
+    set_up,
     to_device,
 )
 
@@ -623,26 +625,6 @@ def thumbnails(stage):
 ADAPTER = "continual"  # the one LoRA adapter that goes through all stages
 
 
-def save_checkpoint(run, state):
-    """Write run/checkpoint/state.pt whole or not at all: a kill leaves the one before."""
-    path = run / "checkpoint" / "state.pt"
-    path.parent.mkdir(exist_ok=True)
-    torch.save(state, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
-
-
-def random_state():
-    """torch's generators, the only ones drawn from while training (LoRA's dropout)."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *gpus]
-
-
-def set_random_state(states):
-    torch.set_rng_state(states[0])
-    if states[1:]:
-        torch.cuda.set_rng_state_all(states[1:])
-
-
 def main(args, stream, run):
     """Train on every stage in turn, test on all stages seen so far, write the run folder."""
     clock, seconds = time.perf_counter(), {}
@@ -655,24 +637,13 @@ def main(args, stream, run):
         clock = now
 
     # ---- 7.1 The model: a frozen LLaVA with one LoRA adapter ------------------------------------
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    model, processor = load_llava(args.model, device, dtype)
+    model, processor, cache = set_up(args)
     depth, grid = model.config.text_config.num_hidden_layers, image_grid(model)
     if args.layers > depth:
         raise InputError(f"--layers {args.layers}: this language model has {depth}")
     torch.manual_seed(args.seed)
     targets = args.targets.split(",")
     parameters = add_lora(model, ADAPTER, args.rank, args.alpha, args.dropout, targets)
-    checkpointing = args.gradient_checkpointing
-    if checkpointing or (checkpointing is None and device != "cpu"):
-        enable_checkpointing(model)
-    folder = Path(__file__).parent / "data" / "features" if args.features == "disk" else None
-    cache = FeatureCache(model, processor, args.features, args.feature_gb, folder)
     collator = Collator(processor, image_tokens(model, processor))
 
     def collate(samples):
@@ -696,8 +667,7 @@ def main(args, stream, run):
     memory = parser = None  # prototypes; centroids of --skills parser
     matrix, novel, spectra = np.full((T, T), np.nan), np.full((T, T), np.nan), {}
     first, step, unfinished = 0, 0, None  # stage to begin with, steps so far, a stage half done
-    if args.resume and (run / "checkpoint" / "state.pt").exists():
-        state = torch.load(run / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
+    if args.resume and (state := load_checkpoint(run)):
         torch.set_num_threads(state["threads"])  # another number would round differently
         load_lora_state(model, ADAPTER, state["lora"])
         set_random_state(state["random"])

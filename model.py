@@ -12,7 +12,8 @@ they are read from the config, and the tests run the same code on SigLIP + Qwen2
     3. Tower features, once    FeatureCache
     4. Attention capture       capture_attention
     5. Forward and generate    forward, generate, enable_checkpointing
-    6. Counting                parameter_report, peak_memory, memory_table
+    6. Set-up and checkpoints  set_up, save_checkpoint, load_checkpoint, random_state
+    7. Counting                parameter_report, peak_memory, memory_table
 
 Letters in shapes: B batch, S sequence, P image tokens, T question tokens (most in the batch),
 L captured layers, H heads, D width of a head, C width of the tower, N answer tokens, V vocabulary.
@@ -606,7 +607,54 @@ def to_device(batch, device):
 
 
 # ----------------------------------------------------------------------------------------------
-# 6. Counting
+# 6. Set-up and checkpoints
+# ----------------------------------------------------------------------------------------------
+
+
+def set_up(args):
+    """Threads, device, dtype, checkpointing, cache as the flags say: model, processor, cache."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    model, processor = load_llava(args.model, device, dtype)
+    checkpointing = args.gradient_checkpointing
+    if checkpointing or (checkpointing is None and device != "cpu"):
+        enable_checkpointing(model)
+    folder = Path(__file__).parent / "data" / "features" if args.features == "disk" else None
+    return model, processor, FeatureCache(model, processor, args.features, args.feature_gb, folder)
+
+
+def save_checkpoint(run, state):
+    """Write run/checkpoint/state.pt whole or not at all: a kill leaves the one before."""
+    path = run / "checkpoint" / "state.pt"
+    path.parent.mkdir(exist_ok=True)
+    torch.save(state, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def load_checkpoint(run):
+    """The state that save_checkpoint wrote, on the CPU; None if there is none."""
+    path = run / "checkpoint" / "state.pt"
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def random_state():
+    """torch's generators, the only ones drawn from while training (LoRA's dropout)."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *gpus]
+
+
+def set_random_state(states):
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
+# ----------------------------------------------------------------------------------------------
+# 7. Counting
 # ----------------------------------------------------------------------------------------------
 
 

@@ -3,11 +3,12 @@
     python sweep.py regime            run every missing cell of the sweep "regime", then its table
     python sweep.py regime --table    the table only, from results/regime/*.json
     python sweep.py regime --list     the commands, one a line
+    python sweep.py --readme          renew the tables of all sweeps in README.md
 
 A sweep is a list of rows; a row is a label and a command; a cell is a row with a seed. Each cell is
 one process, and its summary.json becomes the record results/SWEEP/LABEL-STREAM-SEED.json. Cells
 that have a record are skipped, so a sweep can be stopped and started at any time; cells that do not
-are printed as missing. Every cell runs on one thread, --jobs of them at a time.
+are printed as missing. Cells run on one thread each, --jobs of them at a time.
 """
 
 import argparse
@@ -18,8 +19,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 import data
 import eval as evaluation
+import model
 
 RESULTS, RUNS = Path("results"), Path("runs/sweep")
 SEARCH, REPORT = range(5), range(5, 10)  # seeds to choose settings on, and seeds to report
@@ -29,6 +33,8 @@ SEARCH, REPORT = range(5), range(5, 10)  # seeds to choose settings on, and seed
 # --------------------------------------------------------------------------------------------------
 
 SWEEPS = {
+    # what a new user runs first, with torch's usual two threads
+    "default": (["vqacl"], range(1), {"asr": "asr.py --threads 2"}),
     "regime": (
         ["vqacl", "vqav2", "clt-vqa", "domains"],
         SEARCH,
@@ -49,7 +55,8 @@ def cells(name: str):
             for label, command in rows.items():
                 stem = f"{label}-{stream}-{seed}"
                 out = RUNS / name / stem
-                line = f"{command} --stream {stream} --seed {seed} --threads 1 --out {out}"
+                threads = "" if "--threads" in command else " --threads 1"
+                line = f"{command} --stream {stream} --seed {seed}{threads} --out {out}"
                 yield RESULTS / name / f"{stem}.json", line
 
 
@@ -73,31 +80,127 @@ def run_cell(record: Path, line: str) -> str:
     return ""
 
 
-def print_tables(name: str, markdown: bool) -> None:
+def records_of(name: str, stream: str) -> dict[str, dict]:
+    """{file stem: record, with its label} of the cells of a sweep that have run on a stream."""
+    found = {}
+    for path, _ in cells(name):
+        if path.exists() and path.stem.rsplit("-", 1)[0].endswith(f"-{stream}"):
+            label = path.stem.rsplit("-", 1)[0].removesuffix(f"-{stream}")
+            found[path.stem] = evaluation.load_record(path) | {"label": label}
+    return found
+
+
+def sweep_table(name: str, markdown: bool) -> str:
     """One table per stream: mean +- std over seeds, paired differences to the first row."""
     streams, seeds, rows = SWEEPS[name]
+    parts = []
     for stream in streams:
-        found = {}
-        for record, _ in cells(name):
-            if record.exists() and record.stem.rsplit("-", 1)[0].endswith(f"-{stream}"):
-                found[record.stem] = evaluation.load_record(record)
-                found[record.stem]["label"] = record.stem[: -len(f"-{stream}-0")]
-        print(f"\n{name}, {stream}\n")
-        if not found:
-            print("missing: no record yet")
+        found = records_of(name, stream)
+        table = "missing: no record yet"
+        if found:
+            wanted = {label: {"label": label} for label in rows}
+            first = next(iter(rows))
+            table = evaluation.record_table(found, wanted, first, list(seeds), markdown)
+        parts.append(f"`--stream {stream}`, {name}, seeds {seeds[0]} to {seeds[-1]}:\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def regime_table(markdown: bool) -> str:
+    """Are the mini streams like the real ones? Means over seeds, in points, and what is wanted."""
+    lines = [["", "wanted", *SWEEPS["regime"][0]]]
+    columns = []
+    for stream in SWEEPS["regime"][0]:
+        rows = {}
+        for record in records_of("regime", stream).values():
+            rows.setdefault(record["label"], []).append(record)
+        if len(rows) < 3:
+            columns.append(["missing"] * 7)
             continue
-        wanted = {label: {"label": label} for label in rows}
-        print(evaluation.record_table(found, wanted, next(iter(rows)), list(seeds), markdown))
+        mean = {k: np.mean([r["metrics"]["AP"] for r in v]) for k, v in rows.items()}
+        forgotten = np.mean([r["metrics"]["AF"] for r in rows["sequential"]])
+        kinds = [r["blind"]["seeing_blind_by_kind"] for r in rows["joint"]]
+        gaps = {k: np.mean([x[k][0] - x[k][1] for x in kinds]) for k in kinds[0] if k != "judge"}
+        least = min(gaps, key=gaps.get)
+        columns.append([
+            f"{mean['zeroshot']:.1f}", f"{mean['joint']:.1f}",
+            f"{100 * mean['zeroshot'] / mean['joint']:.0f}%", f"{mean['sequential']:.1f}",
+            f"{forgotten:.1f}", f"{mean['joint'] - mean['sequential']:.1f}",
+            f"{gaps[least]:.1f} ({least})",
+        ])  # fmt: skip
+    what = (
+        ("zero-shot AP", ""),
+        ("joint AP", ""),
+        ("zero-shot / joint", "30% to 90%"),
+        ("sequential AP", ""),
+        ("sequential AF", "10 to 30"),
+        ("joint - sequential", "5 or more"),
+        ("joint - blind, smallest kind but yes/no", "20 or more"),
+    )
+    lines += [[*w, *(c[k] for c in columns)] for k, w in enumerate(what)]
+    return evaluation.grid(lines, markdown)
+
+
+def default_table(markdown: bool) -> str:
+    """The accuracy matrix, the metrics and the cost of the one run of the sweep "default"."""
+    found = records_of("default", "vqacl")
+    if not found:
+        return "missing: no record yet"
+    (record,) = found.values()
+    table = evaluation.table(record["matrix"], record["stages"], markdown)
+    cost = (f"{record['seconds']:.0f} seconds on {record['threads']} threads, "
+            f"{record['peak_memory_mb']:.0f} MB, "
+            f"{record['trainable_parameters']:,} trained parameters")  # fmt: skip
+    return f"{table}\n\n{cost}"
+
+
+def pretrain_table(markdown: bool) -> str:
+    """Accuracy per question kind of two pre-training runs that differ in nothing but the seed."""
+    folder = Path("assets/tiny-llava")
+    runs = [
+        evaluation.read_json(folder / name) for name in ("pretrain.json", "pretrain-again.json")
+    ]
+    lines = [["picture: question", *(f"seed {run['seed']}" for run in runs), "without picture"]]
+    for kind, value in runs[0]["accuracy"].items():
+        blind = runs[0]["blind"][kind]
+        lines.append([kind, f"{value:.1f}", f"{runs[1]['accuracy'][kind]:.1f}", f"{blind:.1f}"])
+    means = [np.mean(list(part.values())) for part in
+             (runs[0]["accuracy"], runs[1]["accuracy"], runs[0]["blind"])]  # fmt: skip
+    lines.append(["mean", *(f"{value:.1f}" for value in means)])
+    return evaluation.grid(lines, markdown)
+
+
+def block(name: str, markdown: bool = True) -> str:
+    """The table NAME of the README."""
+    special = {"regime": regime_table, "default": default_table, "pretrain": pretrain_table}
+    return special[name](markdown) if name in special else sweep_table(name, markdown)
+
+
+def write_readme(path: Path = Path("README.md")) -> None:
+    """Put tables between the marks <!-- table NAME --> and <!-- end -->: the sweeps, and memory."""
+    text = path.read_text()
+    for name in [*SWEEPS, "pretrain", "memory"]:
+        start, end = f"<!-- table {name} -->\n", "<!-- end -->"
+        if start in text:
+            before, rest = text.split(start)
+            table = model.memory_table() if name == "memory" else block(name)
+            text = f"{before}{start}\n{table}\n\n{end}{rest.split(end, 1)[1]}"
+    path.write_text(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("name", choices=SWEEPS)
+    parser.add_argument("name", nargs="?", choices=SWEEPS, help="the sweep to run")
+    parser.add_argument("--readme", action="store_true", help="renew all tables in README.md")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time (default: 2)")
     parser.add_argument("--list", action="store_true", help="print the commands only")
     parser.add_argument("--table", action="store_true", help="print the tables only")
     parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
     args = parser.parse_args()
+    if args.readme:
+        write_readme()
+        return
+    if not args.name:
+        parser.error(f"name a sweep: {', '.join(SWEEPS)}")
     todo = list(cells(args.name))
     if args.list:
         print("\n".join(f"python {line}" for _, line in todo))
@@ -109,7 +212,7 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
         if errors:
             sys.exit(1)
-    print_tables(args.name, args.markdown)
+    print(block(args.name, args.markdown))
 
 
 if __name__ == "__main__":

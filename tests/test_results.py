@@ -1,0 +1,44 @@
+"""What is committed fits together: records, base model, README."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import sweep
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = sorted((ROOT / "results").glob("*/*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_record_comes_from_the_shipped_model(path):
+    record = evaluation.load_record(path)
+    assert record["model_sha256"] == evaluation.model_sha256(str(ROOT / "assets" / "tiny-llava"))
+    assert evaluation.metrics(record["matrix"])["AP"] == pytest.approx(record["metrics"]["AP"])
+
+
+def test_readme_tables_are_the_records(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shutil.copyfile("README.md", tmp_path / "README.md")
+    sweep.write_readme(tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == Path("README.md").read_text()
+
+
+def test_a_sweep_skips_what_is_there_and_names_what_is_missing(tmp_path, monkeypatch):
+    """One cell is run, the second start runs nothing, the other seeds are named as missing."""
+    monkeypatch.setattr(sweep, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sweep, "RUNS", tmp_path / "runs")
+    rows = {"zeroshot": "baselines.py --method zeroshot --limit_test 2"}
+    monkeypatch.setitem(sweep.SWEEPS, "try", (["domains"], range(2), rows))
+    monkeypatch.chdir(ROOT)
+    (record, line), second = sweep.cells("try")
+    assert sweep.run_cell(record, line) == ""
+    before = record.stat().st_mtime_ns
+    assert sweep.run_cell(record, line) == "" and record.stat().st_mtime_ns == before
+    assert not second[0].exists()
+    assert "missing 1" in sweep.block("try")
+    assert json.loads(record.read_text())["script"] == "baselines"
+    assert "exit code 2" in sweep.run_cell(second[0], second[1].replace("domains ", "nowhere "))
