@@ -933,6 +933,7 @@ TAUGHT = {
     "action": 0.15, "type": 0.03, "commonsense": 0.03, "subcategory": 0.03, "causal": 0.05,
     "box": 0.15, "option": 0.25,
 }  # fmt: skip
+BASICS = ("caption", "recognition", "color", "location", "count")  # the first quarter of the steps
 TEMPLATE = (  # LLaVA-1.5's form: USER: <image>\n{question} ASSISTANT: {answer}
     "{% for message in messages %}{{ message['role'] | upper }}: "
     "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
@@ -1028,6 +1029,7 @@ def build_model():
         text_config=LlamaConfig(
             hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=4, vocab_size=len(tokenizer), max_position_embeddings=1024,
+            initializer_range=0.06,  # 0.02 is made for wide models: here attention starts flat
             bos_token_id=1, eos_token_id=2, pad_token_id=0,
         ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
@@ -1068,9 +1070,14 @@ def pretrain_tower(model, processor, pool, steps: int, seed: int, log) -> dict:
     weight = torch.ones(len(WHAT))
     weight[names] = 0.1  # background is most of every picture
     tower = model.model.vision_tower
+    # The heads are random and stay so: the tower has to write what, color, state and place into its
+    # features equally large. With trained heads the last three are there, but small, and the
+    # language model needs many times more steps to find them.
     sizes = (len(WHAT), len(COLORS) + 1, STATES, GRID * GRID)
-    heads = nn.ModuleList(nn.Linear(128, n) for n in sizes)
-    parameters = [*tower.parameters(), *heads.parameters()]
+    heads = nn.ModuleList(nn.Linear(128, n).requires_grad_(False) for n in sizes)
+    for head in heads:
+        nn.init.normal_(head.weight, std=128**-0.5)
+    parameters = list(tower.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
     rng, place = np.random.default_rng(seed + 1), torch.arange(GRID * GRID)
     held_out = len(pool) - 500
@@ -1096,7 +1103,7 @@ def pretrain_tower(model, processor, pool, steps: int, seed: int, log) -> dict:
         loss = loss + cross_entropy(heads[1](h)[foreground], y[:, 1][foreground])
         loss = loss + cross_entropy(heads[2](h)[foreground], y[:, 2][foreground])
         # the labels so far could be given without knowing where a patch is; questions ask for it
-        loss = loss + 0.3 * cross_entropy(heads[3](h).flatten(0, 1), place.repeat(len(index)))
+        loss = loss + cross_entropy(heads[3](h).flatten(0, 1), place.repeat(len(index)))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -1253,16 +1260,19 @@ def pretrain(out: Path, seed: int, pictures: int, tower_steps: int, steps: int) 
     optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.05, betas=(0.9, 0.98))
     test_features = tower_features(model, processor, np.stack([p.image for p in test]))
     packer = Packer(processor)
+    scenes = np.array([i for i, p in enumerate(pool) if p.kind == "scene"])
     bar = tqdm(range(steps), desc="language", mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * _cosine(step, steps)
-        index, turns = rng.integers(0, pictures, 20), []
+        # first the basics on scenes alone: what is where, in which color; then everything
+        basics = step < steps // 4
+        index, turns = rng.choice(scenes if basics else pictures, 20), []
         for p in (pool[i] for i in index):
             taught = [
                 (q, a)
                 for kind, q, a in p.questions
-                if p.kind not in ("scene", "shapes") or rng.random() < TAUGHT[kind]
+                if (kind in BASICS if basics else rng.random() < TAUGHT.get(kind, 1))
             ]
             turns.append(_pick_some(rng, taught, 10))
         packed = packer(turns)
@@ -1315,7 +1325,7 @@ def main() -> None:
         "--pictures", type=int, default=20000, help="pictures drawn for pre-training"
     )
     parser.add_argument("--tower_steps", type=int, default=1600, help="steps of part (a)")
-    parser.add_argument("--steps", type=int, default=2600, help="steps of part (b)")
+    parser.add_argument("--steps", type=int, default=2200, help="steps of part (b)")
     parser.add_argument(
         "--threads", type=int, default=0, help="torch threads, 0: torch's own choice"
     )

@@ -32,19 +32,62 @@ SEARCH, REPORT = range(5), range(5, 10)  # seeds to choose settings on, and seed
 # The sweeps: name -> (streams, seeds, {label: command})
 # --------------------------------------------------------------------------------------------------
 
+SEQUENTIAL, ASR = "baselines.py --method sequential", "asr.py"
+RATES = ("1e-3", "2e-3", "4e-3", "8e-3")
+
 SWEEPS = {
     # what a new user runs first, with torch's usual two threads
-    "default": (["vqacl"], range(1), {"asr": "asr.py --threads 2"}),
+    "default": (["vqacl"], range(1), {"asr": f"{ASR} --threads 2"}),
+    # are the mini streams in the regime of the papers?
     "regime": (
-        ["vqacl", "vqav2", "clt-vqa", "domains"],
+        ["domains", "vqacl", "vqav2", "clt-vqa"],
         SEARCH,
         {
-            "sequential": "baselines.py --method sequential",
+            "sequential": SEQUENTIAL,
             "zeroshot": "baselines.py --method zeroshot",
             "joint": "baselines.py --method joint --blind",
         },
     ),
+    # the learning rate at which sequential LoRA ends best
+    "rate": (
+        ["domains", "vqacl"],
+        range(3),
+        {f"lr {rate}": f"{SEQUENTIAL} --lr {rate}" for rate in RATES},
+    ),
+    # which skills, weight and strength make the spectral loss help: seeds 0 to 4
+    "search": (
+        ["domains", "vqacl"],
+        SEARCH,
+        {
+            "sequential": SEQUENTIAL,
+            "stream": f"{ASR} --gamma 0 --skills stream",
+            "parser": f"{ASR} --gamma 0 --skills parser",
+            "shared": f"{ASR} --gamma 0 --skills shared",
+            "stream, w = 1": f"{ASR} --gamma 0 --skills stream --tau inf",
+            "stream, beta 2": f"{ASR} --gamma 0 --skills stream --beta 2",
+        },
+    ),
+    # the four rows of the paper's ablation, for every kind of skills, on seeds not used before
+    "report": (
+        ["domains", "vqacl"],
+        REPORT,
+        {
+            "sequential": SEQUENTIAL,
+            "geometry only": f"{ASR} --beta 0",
+            "spectral only, stream": f"{ASR} --gamma 0 --skills stream",
+            "spectral only, parser": f"{ASR} --gamma 0 --skills parser",
+            "spectral only, shared": f"{ASR} --gamma 0 --skills shared",
+            "both, stream": f"{ASR} --skills stream",
+            "both, parser": f"{ASR} --skills parser",
+            "both, shared": f"{ASR} --skills shared",
+        },
+    ),
 }
+
+
+def file_name(label: str) -> str:
+    """The label as it stands in the names of files."""
+    return label.replace(",", "").replace("=", "").replace("  ", " ").replace(" ", "_")
 
 
 def cells(name: str):
@@ -53,8 +96,9 @@ def cells(name: str):
     for seed in seeds:  # seed outside: a stopped sweep has whole comparisons, not half of the rows
         for stream in streams:
             for label, command in rows.items():
-                stem = f"{label}-{stream}-{seed}"
-                out = RUNS / name / stem
+                stem = f"{file_name(label)}-{stream}-{seed}"
+                # named by its command: two sweeps that ask for the same run share it
+                out = RUNS / f"{file_name(command.replace('--', ''))}-{stream}-{seed}"
                 threads = "" if "--threads" in command else " --threads 1"
                 line = f"{command} --stream {stream} --seed {seed}{threads} --out {out}"
                 yield RESULTS / name / f"{stem}.json", line
@@ -98,7 +142,7 @@ def sweep_table(name: str, markdown: bool) -> str:
         found = records_of(name, stream)
         table = "missing: no record yet"
         if found:
-            wanted = {label: {"label": label} for label in rows}
+            wanted = {label: {"label": file_name(label)} for label in rows}
             first = next(iter(rows))
             table = evaluation.record_table(found, wanted, first, list(seeds), markdown)
         parts.append(f"`--stream {stream}`, {name}, seeds {seeds[0]} to {seeds[-1]}:\n\n{table}")
