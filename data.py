@@ -118,7 +118,7 @@ SHORT = "Answer the question using a single word or phrase."
 # Training defaults shared by all streams; rows of the table below override them. 7B values: ASR's
 # setting. Tiny values: chosen by experiment on the mini streams.
 REAL = {"lr": 2e-4, "epochs": 1, "batch_size": 16, "accumulate": 1}
-TINY = {"lr": 6e-3, "epochs": 1, "batch_size": 32, "accumulate": 1}
+TINY = {"lr": 4e-3, "epochs": 1, "batch_size": 16, "accumulate": 1}
 LORA = {"rank": 16, "alpha": 32.0, "dropout": 0.05, "targets": "q,v,projector"}
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "projector")
 
@@ -559,7 +559,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=float, metavar="ETA", help="peak learning rate eta of AdamW, cosine per stage "
         "(default: 2e-4, vqacl 1e-4; tiny model: by stream)")
     add("--batch_size", type=int, metavar="B",
-        help="samples per optimizer step (default: 16, vqacl 80; tiny model 32)")
+        help="samples per optimizer step (default: 16, vqacl 80; tiny model 16)")
     add("--accumulate", type=int, metavar="N",
         help="micro-batches of B / N samples per step (default: 1; 7B on vqacl 5)")
     add("--rank", type=int, metavar="R", help="LoRA rank r in W + (alpha / r) B A (default: 16)")

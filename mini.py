@@ -817,7 +817,8 @@ def draw_vqa(rng, folder: Path, size: float) -> None:
     annotations = {"train2014": [], "val2014": []}
     for split, home in (("train", "train2014"), ("val", "val2014"), ("test", "val2014")):
         (folder / "COCO" / home).mkdir(parents=True, exist_ok=True)
-        wanted = {kind: round(VQA_SIZE[split] * size) for kind in VQA_TYPES}
+        scale = size if split == "train" else min(size, 1)
+        wanted = {kind: round(VQA_SIZE[split] * scale) for kind in VQA_TYPES}
         records = {kind: [] for kind in VQA_TYPES}
         while any(len(records[kind]) < wanted[kind] for kind in VQA_TYPES):
             picture, image_id = scene(rng), next_image
