@@ -780,7 +780,7 @@ def main(args, stream, run):
                 rows, seen = evaluate_stage(
                     model, processor, cache, collator, test, args, grid, title
                 )
-                scores[t, i] = evaluation.accuracy(rows)
+                scores[t, i] = evaluation.accuracy(rows, test.metric)
                 evaluation.write_predictions(run, t, f"{kind}{i + 1}" if kind else i, rows)
                 if not kind:
                     spectra |= {f"{t + 1}-{i + 1}-{name}": x for name, x in seen.items()}

@@ -251,7 +251,7 @@ def main(args, stream, run):
             for i, test in enumerate(tests[: t + 1]):
                 title = f"test {kind}{test.name}"
                 rows = evaluate_stage(model, processor, cache, collator, test, args, title)
-                scores[t, i] = evaluation.accuracy(rows)
+                scores[t, i] = evaluation.accuracy(rows, test.metric)
                 evaluation.write_predictions(run, t, f"{kind}{i + 1}" if kind else i, rows)
         evaluation.write_matrix(run, stages, matrix)
         print(f"after {stage.name}: " + " ".join(f"{a:.1f}" for a in matrix[t, : t + 1]))
@@ -269,7 +269,7 @@ def main(args, stream, run):
         for i, stage in enumerate(stages):
             title = f"blind {stage.name}"
             rows = evaluate_stage(model, processor, cache, collator, stage, args, title, blind=True)
-            blind.append(evaluation.accuracy(rows))
+            blind.append(evaluation.accuracy(rows, stage.metric))
             evaluation.write_predictions(run, T - 1, f"blind-{i + 1}", rows)
             seeing = evaluation.predictions_file(run, T - 1, i)
             for a, b in zip(evaluation.read_json(seeing, lines=True), rows, strict=True):

@@ -12,6 +12,7 @@ Streams
   vqacl    VQA v2 cut into 10 question types; inside each, 5 object groups one after the other
   vqav2    the same 10 question types, no groups       clt-vqa  the same, answers long-tailed
   domains  5 picture domains, the same mixed questions (mini only, or LLaVA files of your own)
+  ucit     6 datasets, one instruction and form of answer each    coin  8    trigap  10
   FOLDER   any folder in the LLaVA layout below: bring your own
 
 Layout of the VQACL release (vqacl, vqav2, clt-vqa), and one record of it:
@@ -32,6 +33,10 @@ DIR/<stage>/, one JSON array per file, records as below; "image" may be missing 
   train  {"id": "7", "image": "images/7.png", "conversations":
          [{"from": "human", "value": "<image>\nWhat is shown?"}, {"from": "gpt", "value": "A cat"}]}
   test   {"question_id": "7", "image": "images/7.png", "text": "What is shown?", "answer": "A cat"}
+ucit, coin and trigap hold such records in other folders, DIR/instructions/<stage>/<file>.json with
+images relative to DIR/datasets/ (coin: DIR/playground/Instructions_Original and DIR/cl_dataset);
+the table below has the names of the files. Test records of Grounding have "answer_bbox"; captions
+have more references in val_coco_type_3000.json beside the test file (COCO's format).
 An optional DIR/stream.json overrides the table: {"stages": [...], "metric": "exact" | "vqa",
 "suffix": "..."}. A record may carry "skill", the kind of its question; else it is the stage's name.
 
@@ -92,7 +97,7 @@ class Stage:
     name: str
     train: list[Sample]
     test: list[Sample]
-    metric: str  # "vqa": soft accuracy over 10 answers; "exact": exact match
+    metric: str  # how answers are scored: a name of eval.SCORERS
     blocks: list[list[int]] | None = None  # vqacl: indices of `train` by object group, as visited
 
 
@@ -123,6 +128,10 @@ LORA = {"rank": 16, "alpha": 32.0, "dropout": 0.05, "targets": "q,v,projector"}
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "projector")
 
 
+METRICS = ("exact", "vqa", "letter", "contains", "iou", "anls", "anls_0.5", "relaxed", "caption")
+HAS_LEGACY = ("contains", "iou")  # scorers with a quirk in the references: --legacy
+
+
 @dataclass
 class Row:
     """One line of the table of streams. To add a stream, add a line."""
@@ -130,6 +139,10 @@ class Row:
     stages: list[str]
     layout: str = "llava"  # how the files lie: "vqa" (VQACL release) or "llava"
     metric: str = "exact"
+    metrics: dict = field(default_factory=dict)  # stage -> metric, where it is another one
+    files: dict = field(default_factory=dict)  # stage -> "train test", names of its files
+    folders: tuple = ("",)  # where the folders of the stages may lie; the first that exists
+    images: str | None = None  # what image paths are relative to (None: the stage's folder)
     suffix: str = ""  # appended to every question; LLaVA-style files hold it already
     published: dict = field(default_factory=dict)
     real: dict = field(default_factory=dict)  # training defaults that differ from REAL, TINY, LORA
@@ -150,6 +163,58 @@ STREAMS = {
     # The paper's own cut of the tail is not public: an exponential profile of this ratio instead.
     "clt-vqa": Row(QUESTION_TYPES, **_VQA, tiny={}, extras={"imbalance": 10.0}),
     "domains": Row("plain negative recolored noise mosaic".split(), tiny={}),
+}
+
+_PRISM = {"folders": ("instructions", ""), "images": "datasets"}
+_4W = "train_standard_4w test_standard_3k"
+STREAMS |= {
+    # Guo et al. 2025 (HiDe-LLaVA, arXiv 2503.12941); files of huggingface.co/HaiyangGuo/UCIT
+    "ucit": Row(
+        "ImageNet-R ArxivQA VizWiz IconQA CLEVR Flickr30k".split(),
+        metrics={"VizWiz": "caption", "Flickr30k": "caption"},
+        files={
+            "ImageNet-R": "train test_3000",
+            "ArxivQA": "train_4w test_3000",
+            "VizWiz": "train test_3000",
+            "IconQA": "train test_3000",
+            "CLEVR": "train_4w test_3000",
+            "Flickr30k": "train_brief_4w test_3000",
+        },
+        **_PRISM,
+    ),
+    # huggingface.co/JuntaoTang/TriGap; its CRAM numbers use ANLS without the 0.5 threshold
+    "trigap": Row(
+        "PMCVQA DocVQA ChartQA IconQA InfographicVQA ArxivQA Roadside ChemVQA FloodNetVQA "
+        "CLEVR".split(),
+        metrics={"DocVQA": "anls", "InfographicVQA": "anls"},
+        files={
+            "PMCVQA": _4W,
+            "DocVQA": "train_converted val_converted",
+            "ChartQA": _4W,
+            "IconQA": "train test_3000",
+            "InfographicVQA": "infographicsVQA_train_converted infographicsVQA_val_converted",
+            "ArxivQA": "train_4w test_3000",
+            "Roadside": _4W,
+            "ChemVQA": _4W,
+            "FloodNetVQA": _4W,
+            "CLEVR": "train_4w test_3000",
+        },
+        **_PRISM,
+    ),
+    # Chen et al. 2024 (CoIN, arXiv 2403.08350); huggingface.co/datasets/Zacks-Chen/CoIN
+    "coin": Row(
+        "ScienceQA TextVQA ImageNet GQA VizWiz Grounding VQAv2 OCRVQA".split(),
+        metrics={
+            "ScienceQA": "letter",
+            "TextVQA": "vqa",
+            "ImageNet": "contains",
+            "Grounding": "iou",
+        },
+        files=dict.fromkeys(("ScienceQA", "ImageNet", "GQA", "Grounding", "OCRVQA"), "train test")
+        | dict.fromkeys(("TextVQA", "VizWiz", "VQAv2"), "train val"),
+        folders=("playground/Instructions_Original", "Instructions_Original"),
+        images="cl_dataset",
+    ),
 }
 
 # VQACL's object groups, 16 numbers each, as printed in its code. Meant as positions 0..79 among the
@@ -263,7 +328,7 @@ class Reader:
 
     def llava(self, record: dict, stage: str, folder: Path, coco: bool = False) -> Sample:
         """Sample of a LLaVA record, train or test (told apart by "conversations")."""
-        question, golds = record.get("text"), record.get("answer")
+        question, golds = record.get("text"), record.get("answer", record.get("answer_bbox"))
         if "conversations" in record:
             turns = record["conversations"]
             if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
@@ -421,6 +486,21 @@ def long_tail(samples: list[Sample], ratio: float, seed: str) -> list[Sample]:
     return [samples[i] for i in sorted(kept)]
 
 
+def more_captions(path: Path, samples: list[Sample], problem) -> None:
+    """Take the further references of test captions from a COCO file, if there is one: its image_id
+    is the place of a sample in the test file, counted from 1."""
+    if not path.exists():
+        return
+    found: dict[int, list[str]] = {}
+    try:
+        for row in read_json(path, dict)["annotations"]:
+            found.setdefault(int(row["image_id"]), []).append(_text(row["caption"], "caption"))
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        problem(f"{path} is no COCO caption file: {error!r}")
+    for number, sample in enumerate(samples, 1):
+        sample.answers = tuple(dict.fromkeys((*sample.answers, *found.get(number, ()))))
+
+
 def _stop(message: str) -> None:
     raise InputError(message)
 
@@ -435,12 +515,15 @@ def load_stream(args, problem=_stop) -> Stream:
     names, suffix = spec.get("stages", row.stages), spec.get("suffix", row.suffix)
     cl4vqa = name == "vqav2" and not (root / "vqa").exists() and (root / "CL4VQA").exists()
     metric = spec.get("metric", "exact" if cl4vqa else row.metric)
+    legacy = "-legacy" if args.legacy else ""  # the references' quirks, where there are any
+    images = None if row.images is None else root / row.images
     if not isinstance(names, list) or not names:
         raise InputError(f"{root} has no stages: sub-folders with train.json and test.json")
     if not all(isinstance(n, str) and Path(n).name == n and n != ".." for n in names):
         raise InputError(f"{root}/stream.json: stages must be plain folder names, not {names}")
-    if metric not in ("exact", "vqa") or not isinstance(suffix, str):
-        raise InputError(f"{root}/stream.json: metric must be exact or vqa, and suffix text")
+    if metric not in METRICS or not isinstance(suffix, str):
+        known = ", ".join(METRICS)
+        raise InputError(f"{root}/stream.json: metric must be one of {known}, and suffix text")
     reader = Reader(root, suffix, problem)
     grouped = "object_groups" in row.extras
     categories = {}
@@ -458,14 +541,22 @@ def load_stream(args, problem=_stop) -> Stream:
             path = root / "vqa" / "Partition_Q" / f"karpathy_{split}_q_{stage}.json"
             samples = reader.read(path, lambda r: reader.vqa(r, stage, split == "train"))
         else:
-            path = root / stage / f"{split}.json"
-            samples = reader.read(path, lambda r: reader.llava(r, stage, root / stage))
+            file = row.files.get(stage, "train test").split()[split == "test"]
+            paths = [root / folder / stage / f"{file}.json" for folder in row.folders]
+            path = next((path for path in paths if path.exists()), paths[0])
+            samples = reader.read(path, lambda r: reader.llava(r, stage, images or path.parent))
+            if split == "test" and metric_of(stage) == "caption":
+                more_captions(path.with_name("val_coco_type_3000.json"), samples, problem)
         if not samples:
             problem(f"stage {stage} is without {split} data: {path}")
         if reader.unlabelled:
             print(f"{stage}: {reader.unlabelled} training questions have no label, left out")
             reader.unlabelled = 0
         return samples
+
+    def metric_of(stage: str) -> str:
+        own = row.metrics.get(stage, metric)
+        return own + legacy if own in HAS_LEGACY else own
 
     def group_of(sample: Sample) -> str:
         img_id = sample.image.stem  # the release's key; a plain image number is taken as well
@@ -497,7 +588,8 @@ def load_stream(args, problem=_stop) -> Stream:
             if not (train and test and held):
                 sizes = f"{len(train)} train, {len(test)} test and {len(held)} novel questions"
                 problem(f"stage {stage}: --hold_out {args.hold_out} leaves {sizes}, none may be 0")
-            novel.append(Stage(stage, [], _some(held, args.limit_test, f"novel/{stage}"), metric))
+            held = _some(held, args.limit_test, f"novel/{stage}")
+            novel.append(Stage(stage, [], held, metric_of(stage)))
         if "imbalance" in row.extras:
             ratio = args.imbalance or row.extras["imbalance"]
             train = long_tail(train, ratio, f"tail/{stage}")
@@ -507,7 +599,7 @@ def load_stream(args, problem=_stop) -> Stream:
             visit = random.Random(f"{args.seed}/groups/{stage}").sample(list(GROUPS), len(GROUPS))
             blocks = [[i for i, s in enumerate(train) if s.group == group] for group in visit]
             blocks = [block for block in blocks if block]
-        stages.append(Stage(stage, train, test, metric, blocks))
+        stages.append(Stage(stage, train, test, metric_of(stage), blocks))
     return Stream(name, stages, root, suffix, row.published, novel or None)
 
 
@@ -551,6 +643,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         help="vqacl: leave this object group out of training and test it apart (default: none)")
     add("--imbalance", type=float, metavar="RHO",
         help="clt-vqa: rho = n_max / n_min of the exponential tail over answers (default: 10)")
+    add("--legacy", action="store_true",
+        help="coin: score with the reference's quirks, which eval.py names (default: off)")
     add("--resume", action="store_true", help="continue a killed run (default: off)")
     add("--plot", nargs="+", metavar="RUN", help="draw the figures of finished runs (default: off)")
 

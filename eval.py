@@ -40,6 +40,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -116,13 +118,206 @@ def exact_match(prediction: str, answers) -> float:
     return float(plain[0] in plain[1:])
 
 
-SCORERS = {"vqa": vqa_accuracy, "exact": exact_match}
+def letter_match(prediction: str, answers) -> float:
+    """CoIN's ScienceQA: "B", "B. star" and the first word of one letter all mean option B."""
+    words = prediction.strip().split()
+    head = words[0].rstrip(".:)") if words else ""
+    letter = head if len(head) == 1 else next((word for word in words if len(word) == 1), "")
+    return float(letter.upper() in [answer.strip().upper() for answer in answers])
+
+
+def contained(prediction: str, answers, legacy: bool = False) -> float:
+    """CoIN's ImageNet: the answer is part of the prediction, or the prediction of the answer.
+
+    legacy: an empty prediction is part of every answer, and counts as right.
+    """
+    if not prediction.strip() and not legacy:
+        return 0.0
+    return float(any(a in prediction or prediction in a for a in answers))
+
+
+def _box(text: str, legacy: bool):
+    """Four numbers from a text with a box, or None."""
+    if legacy:  # the reference cuts the brackets off, and then once more the first and last sign
+        text = text.replace("[", "").replace("]", "")[1:-1]
+        try:
+            numbers = [float(part) for part in text.split(",")]
+        except ValueError:
+            return None
+    else:
+        numbers = [float(number) for number in re.findall(r"-?\d*\.?\d+", text)]
+    return numbers if len(numbers) == 4 else None
+
+
+def box_match(prediction: str, answers, legacy: bool = False) -> float:
+    """CoIN's Grounding: 1 if the boxes "[x0, y0, x1, y1]" overlap with IoU > 0.5.
+
+    legacy: the predicted box loses its first sign and its last digit, as in the reference.
+    """
+    a = _box(prediction, legacy)
+    for answer in answers:
+        b = _box(answer, False)
+        if a and b:
+            w, h = (min(a[k + 2], b[k + 2]) - max(a[k], b[k]) for k in (0, 1))
+            inside = max(w, 0) * max(h, 0)
+            both = sum(abs((c[2] - c[0]) * (c[3] - c[1])) for c in (a, b)) - inside
+            if both > 0 and inside / both > 0.5:
+                return 1.0
+    return 0.0
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein: fewest insertions, deletions and substitutions that turn a into b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def anls(prediction: str, answers, threshold: float = 0.0) -> float:
+    """Average normalized Levenshtein similarity (DocVQA): 1 - distance / longer length, best gold.
+
+    The official score counts up to 0.5 as zero ("anls_0.5"); CRAM's numbers do not ("anls").
+    """
+    best, a = 0.0, " ".join(prediction.lower().split())
+    for gold in answers:
+        b = " ".join(gold.lower().split())
+        best = max(best, 1 - edit_distance(a, b) / max(len(a), len(b), 1))
+    return best if best > threshold else 0.0
+
+
+def relaxed_match(prediction: str, answers) -> float:
+    """ChartQA: a number may be 5% off, everything else must match exactly (up to case)."""
+    for gold in answers:
+        try:
+            a, b = (float(text.strip().rstrip("%").replace(",", "")) for text in (prediction, gold))
+        except ValueError:
+            continue
+        if abs(a - b) <= 0.05 * abs(b):
+            return 1.0
+    return exact_match(prediction, answers)
+
+
+# Captions are scored over a whole test set, against several references each, on words split as
+# below (the usual Java tokenizer does nearly that). METEOR needs Java and is left out, so our mean
+# is "BLEU-ROUGE": of BLEU-1..4 and ROUGE-L, never to be put in a column of a paper's mean.
+
+
+def caption_words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9']+", text.lower())
+
+
+def _ngrams(words: list[str], n: int) -> Counter:
+    return Counter(tuple(words[k : k + n]) for k in range(len(words) - n + 1))
+
+
+def bleu(predictions, references) -> list[float]:
+    """BLEU-1..4 of a corpus (Papineni et al. 2002), closest reference length: four of 0..1.
+
+    predictions: lists of words; references: per prediction several lists of words.
+    """
+    hits, total, length, wanted = np.zeros(4), np.zeros(4), 0, 0
+    for words, golds in zip(predictions, references, strict=True):
+        length += len(words)
+        wanted += min((abs(len(gold) - len(words)), len(gold)) for gold in golds)[1]
+        for n in range(1, 5):
+            found, most = _ngrams(words, n), Counter()
+            for gold in golds:
+                most |= _ngrams(gold, n)
+            hits[n - 1] += sum((found & most).values())
+            total[n - 1] += max(len(words) - n + 1, 0)
+    # a tiny number instead of 0, as in the usual implementation: BLEU-4 of short captions is small
+    precision = (hits + 1e-15) / (total + 1e-9)
+    brevity = 1.0 if length >= wanted else math.exp(1 - wanted / max(length, 1e-9))
+    return [float(brevity * np.prod(precision[:n]) ** (1 / n)) for n in range(1, 5)]
+
+
+def _common(a: list[str], b: list[str]) -> int:
+    """Length of the longest common subsequence of words."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        diagonal = 0
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def rouge_l(words: list[str], golds: list[list[str]]) -> float:
+    """ROUGE-L (Lin 2004) of one caption, 0..1: best precision and best recall, beta = 1.2."""
+    common = [_common(words, gold) for gold in golds]
+    precision = max(c / max(len(words), 1) for c in common)
+    recall = max(c / max(len(gold), 1) for c, gold in zip(common, golds, strict=True))
+    if precision == 0 or recall == 0:
+        return 0.0
+    return (1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision)
+
+
+def cider(predictions, references) -> float:
+    """CIDEr-D of a corpus (Vedantam et al. 2015), 0..10: tf-idf of 1- to 4-grams over the
+    references, clipped, with a Gaussian of the difference in length (sigma = 6)."""
+    seen = Counter()  # in how many samples an n-gram occurs
+    for golds in references:
+        seen.update({g for gold in golds for n in range(1, 5) for g in _ngrams(gold, n)})
+    log_n, scores = math.log(len(references)), []
+
+    def vector(words, n):
+        return {g: c * (log_n - math.log(max(seen[g], 1))) for g, c in _ngrams(words, n).items()}
+
+    def norm(v):
+        return math.sqrt(sum(x * x for x in v.values()))
+
+    for words, golds in zip(predictions, references, strict=True):
+        total = 0.0
+        for n in range(1, 5):
+            a = vector(words, n)
+            for gold in golds:
+                b = vector(gold, n)
+                dot = sum(min(x, b[g]) * b[g] for g, x in a.items() if g in b)
+                gap = len(words) - len(gold)
+                size = norm(a) * norm(b)
+                total += dot / size * math.exp(-(gap**2) / 72) if size else 0.0
+        scores.append(10 * total / 4 / len(golds))
+    return float(np.mean(scores))
+
+
+def caption_scores(rows: list[dict]) -> dict[str, float]:
+    """{BLEU-1..4, ROUGE-L, CIDEr (all x 100), BLEU-ROUGE} of a test set's predictions."""
+    predictions = [caption_words(row["text"]) for row in rows]
+    references = [[caption_words(answer) for answer in row["answers"]] for row in rows]
+    values = {f"BLEU-{n}": x for n, x in enumerate(bleu(predictions, references), 1)}
+    pairs = zip(predictions, references, strict=True)
+    values["ROUGE-L"] = float(np.mean([rouge_l(words, golds) for words, golds in pairs]))
+    mean = np.mean(list(values.values()))
+    values |= {"CIDEr": cider(predictions, references), "BLEU-ROUGE": mean}
+    return {name: 100 * float(value) for name, value in values.items()}
+
+
+def caption_match(prediction: str, answers) -> float:
+    """One caption by itself: its ROUGE-L. The test set's score is `accuracy`."""
+    return rouge_l(caption_words(prediction), [caption_words(answer) for answer in answers])
+
+
+SCORERS = {
+    "exact": exact_match,  # UCIT, TriGap; GQA, VizWiz, VQAv2 and OCRVQA of CoIN
+    "vqa": vqa_accuracy,
+    "letter": letter_match,
+    "contains": contained,
+    "contains-legacy": partial(contained, legacy=True),
+    "iou": box_match,
+    "iou-legacy": partial(box_match, legacy=True),
+    "anls": anls,
+    "anls_0.5": partial(anls, threshold=0.5),
+    "relaxed": relaxed_match,
+    "caption": caption_match,
+}
 
 
 def score(metric: str, prediction: str, answers) -> float:
-    """Score of one prediction in 0..1; `metric` is the stage's: "vqa" or "exact"."""
+    """Score of one prediction in 0..1; `metric` is the stage's, a name in SCORERS."""
     if metric not in SCORERS:
-        raise InputError(f"unknown metric {metric!r}: choose {' or '.join(SCORERS)}")
+        raise InputError(f"unknown metric {metric!r}: choose {', '.join(SCORERS)}")
     return SCORERS[metric](prediction, answers)
 
 
@@ -153,10 +348,12 @@ def evaluate(generate, samples, metric: str, batch_size: int, title: str = "test
     return rows
 
 
-def accuracy(rows: list[dict]) -> float:
-    """Mean score of the rows in percent: one cell A[t,i]."""
+def accuracy(rows: list[dict], metric: str = "") -> float:
+    """One cell A[t,i]: the mean score of the rows in percent; of captions their BLEU-ROUGE."""
     if not rows:
         raise InputError("no predictions, hence no accuracy: is the stage's test set empty?")
+    if metric == "caption":
+        return caption_scores(rows)["BLEU-ROUGE"]
     return 100 * sum(row["score"] for row in rows) / len(rows)
 
 
@@ -432,7 +629,8 @@ def rescore(run: Path) -> list[str]:
     for t, i in np.argwhere(np.isfinite(matrix)).tolist():
         rows = read_json(predictions_file(run, t, i), lines=True)
         scorer = saved["scorers"][i]
-        again = accuracy([{"score": score(scorer, r["text"], r["answers"])} for r in rows])
+        rows = [r | {"score": score(scorer, r["text"], r["answers"])} for r in rows]
+        again = accuracy(rows, scorer)
         if abs(again - matrix[t, i]) > 1e-9:
             cell = f"{run}: after stage {t + 1} on task {i + 1} ({saved['stages'][i]})"
             wrong.append(f"{cell} the predictions give {again:.4f}, matrix.json {matrix[t, i]:.4f}")

@@ -284,6 +284,7 @@ class Picture:
     kind: str
     image: np.ndarray  # [64, 64, 3] uint8
     labels: np.ndarray  # [3, 8, 8]
+    things: list = field(default_factory=list)  # scenes: the Things drawn
     questions: list[tuple[str, str, str]] = field(default_factory=list)  # (kind, question, answer)
     category: int = 0  # COCO id of the main object (scenes)
 
@@ -338,12 +339,12 @@ class Thing:
         return PLACES[2 * (self.cell // 8) + (self.cell % 4) // 2]
 
 
-def scene(rng, names: tuple[str, ...] = tuple(OBJECTS), everything: bool = False) -> Picture:
-    """2 to 4 things, one per quadrant, all of different color; names may repeat, to be counted.
+def scene(rng, names=tuple(OBJECTS), everything: bool = False, n: int = 0) -> Picture:
+    """n (0: 2 to 4) things, one per quadrant, of different colors; names may repeat, to be counted.
 
     Questions are about the first thing, whose class is the picture's category; or about everything.
     """
-    n = int(rng.integers(2, 5))
+    n = n or int(rng.integers(2, 5))
     weather = WEATHER[rng.integers(len(WEATHER))]
     colors = rng.permutation(list(COLORS))[:n]
     quadrants = rng.permutation(4)[:n]
@@ -366,7 +367,7 @@ def scene(rng, names: tuple[str, ...] = tuple(OBJECTS), everything: bool = False
         canvas.thing(t.name, y + 3 - jy, x + 3 - jx, t.color, state=ACTIONS.index(t.action))
         canvas.label(y, x, y + 16, x + 16, t.name, t.color, ACTIONS.index(t.action))
     kind = "scene" if names[0] in OBJECTS else "shapes"
-    picture = Picture(kind, canvas.image(), canvas.labels)
+    picture = Picture(kind, canvas.image(), canvas.labels, things)
     if kind == "scene":
         picture.category = OBJECTS[first][0]
     picture.questions = scene_questions(rng, things, 0, weather)
@@ -500,7 +501,7 @@ def sign(rng) -> Picture:
         ("sign-count", "how many signs are there?", str(n)),
         ("read-all", "read every sign.", _joined(colors, lines)),
     ]
-    return Picture("sign", canvas.image(), canvas.labels, q)
+    return Picture("sign", canvas.image(), canvas.labels, questions=q)
 
 
 def arithmetic(rng) -> Picture:
@@ -522,7 +523,7 @@ def arithmetic(rng) -> Picture:
         ("sum-first", "what is the first number?", str(a)),
         ("sum-second", "what is the second number?", str(b)),
     ]
-    return Picture("sum", canvas.image(), canvas.labels, q)
+    return Picture("sum", canvas.image(), canvas.labels, questions=q)
 
 
 def bars(rng) -> Picture:
@@ -557,7 +558,7 @@ def bars(rng) -> Picture:
         ("bar-count", "how many bars are there?", str(n)),
         ("bar-option", f"which bar is taller? {_listed(options)}", _letter(options, best)),
     ]
-    return Picture("bars", canvas.image(), canvas.labels, q)
+    return Picture("bars", canvas.image(), canvas.labels, questions=q)
 
 
 def candles(rng) -> Picture:
@@ -582,7 +583,7 @@ def candles(rng) -> Picture:
         ("candle-color", f"what color is the {day} candle?", "green" if up[at] else "red"),
         ("candle-count", "how many green candles are there?", str(int(up.sum()))),
     ]  # fmt: skip
-    return Picture("candles", canvas.image(), canvas.labels, q)
+    return Picture("candles", canvas.image(), canvas.labels, questions=q)
 
 
 STAINS = {"pink": (240, 205, 220), "blue": (205, 215, 240), "yellow": (242, 232, 196)}
@@ -611,7 +612,7 @@ def slide(rng) -> Picture:
     ]
     if n == 1:
         q.append(("cell-where", "where is the cell?", place))
-    return Picture("slide", canvas.image(), canvas.labels, q)
+    return Picture("slide", canvas.image(), canvas.labels, questions=q)
 
 
 def aerial(rng) -> Picture:
@@ -658,7 +659,7 @@ def aerial(rng) -> Picture:
         ("house-count", "how many houses are there?", str(houses)),
         ("land-judge", f"is there {land} in the picture?", "yes" if land in lands else "no"),
     ]
-    return Picture("aerial", canvas.image(), canvas.labels, q)
+    return Picture("aerial", canvas.image(), canvas.labels, questions=q)
 
 
 def road(rng) -> Picture:
@@ -702,7 +703,7 @@ def road(rng) -> Picture:
     ]
     if side != "none":
         q.append(("car-color", "what color is the car ahead?", color))
-    return Picture("road", canvas.image(), canvas.labels, q)
+    return Picture("road", canvas.image(), canvas.labels, questions=q)
 
 
 def diagram(rng) -> Picture:
@@ -739,7 +740,7 @@ def diagram(rng) -> Picture:
             letters[k],
         ),
     ]
-    return Picture("diagram", canvas.image(), canvas.labels, q)
+    return Picture("diagram", canvas.image(), canvas.labels, questions=q)
 
 
 def window(rng) -> Picture:
@@ -771,7 +772,7 @@ def window(rng) -> Picture:
         ("button-count", "how many buttons are there?", str(n)),
         ("read-all", "read every button.", _joined(colors, words)),
     ]
-    return Picture("window", canvas.image(), canvas.labels, q)
+    return Picture("window", canvas.image(), canvas.labels, questions=q)
 
 
 def shapes(rng, everything: bool = False) -> Picture:
@@ -826,7 +827,10 @@ def draw_stream(name: str, folder: Path, seed: int = 0) -> None:
     draw = {"vqav2": draw_vqa, "vqacl": draw_vqa, "clt-vqa": draw_vqa, "domains": draw_domains}
     rng = np.random.default_rng([seed, 1])
     size = 2.5 if name == "clt-vqa" else 1  # the long tail is cut out of a larger set
-    draw[name](rng, folder, size)
+    if name in TASKS:
+        draw_tasks(rng, folder, name)
+    else:
+        draw[name](rng, folder, size)
 
 
 def _save(image: np.ndarray, path: Path) -> None:
@@ -893,7 +897,7 @@ def draw_vqa(rng, folder: Path, size: float) -> None:
     _dump({"suffix": ""}, folder / "stream.json")  # the tiny model knows no instruction suffix
 
 
-def _annotators(rng, kind: str, answer: str) -> list[str]:
+def _annotators(rng, kind: str, answer: str, words=tuple(OBJECTS)) -> list[str]:
     """Ten human answers; on every tenth question one or two people see something else."""
     others = {
         "location": PLACES,
@@ -904,7 +908,7 @@ def _annotators(rng, kind: str, answer: str) -> list[str]:
         "causal": WEATHER[1:],
         "type": tuple({t: 0 for _, t, _ in OBJECTS.values()}),
         "commonsense": tuple({use: 0 for _, _, use in OBJECTS.values()}),
-    }.get(kind, tuple(OBJECTS))
+    }.get(kind, words)
     odd = int(rng.integers(1, 3)) if rng.random() < 0.1 else 0
     return [answer] * (10 - odd) + [_pick(rng, others)] * odd
 
@@ -950,6 +954,224 @@ def domain_filter(rng, domain: str, image: np.ndarray) -> np.ndarray:
         small = Image.fromarray(image).resize((24, 24), Image.Resampling.BOX)
         return np.asarray(small.resize((SIDE, SIDE), Image.Resampling.NEAREST))
     return image
+
+
+# Instruction streams (CoIN, UCIT, TriGap): every stage has its own pictures, instruction and form
+# of answer, like the dataset it is named after. An example is (image, question, answers); the first
+# answer is taught, all of them are accepted; a box is [x0, y0, x1, y1] in 0..1.
+WORD, LETTER = "give the word.", "give the letter."
+NUMBER, CAPTION = "give the number.", "describe the picture."
+
+
+def _ask(picture: Picture, *kinds: str) -> tuple[str, str]:
+    """The first (question, answer) of the first of these kinds that the picture has."""
+    found = {kind: (question, answer) for kind, question, answer in reversed(picture.questions)}
+    return next(found[kind] for kind in kinds if kind in found)
+
+
+def _choice(rng, question: str, answer: str, others) -> tuple[str, str]:
+    """A question with three options, and the letter of the right one."""
+    options = _pick_some(rng, [answer, *_pick_some(rng, [o for o in others if o != answer], 2)], 3)
+    return f"{question} {_listed(options)}\n{LETTER}", _letter(options, answer)
+
+
+def imagenet(rng):
+    picture = scene(rng, n=1)
+    return picture.image, f"what is the object?\n{WORD}", [picture.things[0].name]
+
+
+def imagenet_r(rng):
+    """Renditions: one thing, in false colors or on a bad print."""
+    image, question, answers = imagenet(rng)
+    return domain_filter(rng, _pick(rng, DOMAINS[1:]), image), question, answers
+
+
+def arxivqa(rng):
+    if rng.random() < 0.5:
+        picture = bars(rng)
+        question, answer = _ask(picture, "bar-option")
+        return picture.image, f"{question}\n{LETTER}", [answer]
+    picture = candles(rng)
+    question, answer = _choice(rng, *_ask(picture, "trend"), ("up", "down", "flat"))
+    return picture.image, question, [answer]
+
+
+def vizwiz_caption(rng):
+    """What stands on a sign, on a noisy photo."""
+    picture = sign(rng)
+    (question, line), kind = _ask(picture, "read"), "word"
+    color = question.split()[5]
+    kind = "number" if line.isdigit() else "word"
+    said = [f"a {color} sign with the {kind} {line}", f"the {kind} {line} on a {color} sign"]
+    noisy = picture.image + rng.normal(0, 12, picture.image.shape)
+    return np.clip(noisy, 0, 255).astype(np.uint8), CAPTION, said
+
+
+def iconqa(rng):
+    picture = shapes(rng)
+    if rng.random() < 0.5:
+        question, answer = _ask(picture, "count")
+        return picture.image, f"{question}\n{NUMBER}", [answer]
+    question, answer = _choice(rng, *_ask(picture, "recognition"), SHAPES)
+    return picture.image, question, [answer]
+
+
+def clevr_math(rng):
+    """How many are left when those of one shape are gone?"""
+    picture = shapes(rng)
+    name, n = picture.things[0].name, len(picture.things)
+    left = n - sum(t.name == name for t in picture.things)
+    question = f"how many objects are there with no {PLURALS.get(name, name + 's')}?\n{NUMBER}"
+    return picture.image, question, [str(left)]
+
+
+def flickr30k(rng):
+    picture = scene(rng, n=2)
+    first, second = (f"a {t.color} {t.name} {t.action}" for t in picture.things)
+    return picture.image, CAPTION, [f"{first}, {second}", f"{second}, {first}"]
+
+
+def pmcvqa(rng):
+    picture = slide(rng)
+    question, answer = _choice(rng, *_ask(picture, "cell-count"), "123456")
+    return picture.image, question, [answer]
+
+
+def docvqa(rng):
+    picture = sign(rng)
+    question, answer = _ask(picture, "read")
+    return picture.image, f"{question}\n{WORD}", [answer]
+
+
+def chartqa(rng):
+    picture = bars(rng)
+    question, answer = _ask(picture, "bar-value")
+    return picture.image, f"{question}\n{NUMBER}", [answer]
+
+
+def infographicvqa(rng):
+    picture = window(rng)
+    question, answer = _ask(picture, "button-text")
+    return picture.image, f"{question}\n{WORD}", [answer]
+
+
+def roadside(rng):
+    picture = road(rng)
+    question, answer = _ask(picture, _pick(rng, ("drive", "walker", "car-side")))
+    return picture.image, f"{question}\n{WORD}", [answer]
+
+
+def chemvqa(rng):
+    picture = diagram(rng)
+    question, answer = _ask(picture, _pick(rng, ("node-shape", "node-color")))
+    return picture.image, f"{question}\n{WORD}", [answer]
+
+
+def floodnetvqa(rng):
+    picture = aerial(rng)
+    question, answer = _ask(picture, _pick(rng, ("land", "house-count", "land-judge")))
+    return picture.image, f"{question}\n{WORD}", [answer]
+
+
+def clevr(rng):
+    picture = shapes(rng)
+    question, answer = _ask(picture, _pick(rng, ("color", "count", "judge")))
+    return picture.image, f"{question}\n{WORD}", [answer]
+
+
+def scienceqa(rng):
+    picture = diagram(rng)
+    question, answer = _choice(rng, *_ask(picture, "node-shape"), SHAPES)
+    return picture.image, question, [answer]
+
+
+def textvqa(rng):
+    picture = sign(rng)
+    question, answer = _ask(picture, "read")
+    return picture.image, f"{question}\n{WORD}", _annotators(rng, "read", answer, WORDS)
+
+
+def gqa(rng):
+    picture = scene(rng)
+    question, answer = _ask(picture, _pick(rng, ("judge", "location", "color")))
+    return picture.image, f"{question}\n{WORD}", [answer]
+
+
+def vizwiz(rng):
+    """Questions of a blind person about a noisy photo."""
+    picture = scene(rng)
+    question, answer = _ask(picture, _pick(rng, ("recognition", "action", "weather")))
+    noisy = picture.image + rng.normal(0, 20, picture.image.shape)
+    return np.clip(noisy, 0, 255).astype(np.uint8), f"{question}\n{WORD}", [answer]
+
+
+def grounding(rng):
+    picture = scene(rng)
+    question, answer = _ask(picture, "box")
+    return picture.image, question, json.loads(answer)
+
+
+def vqav2(rng):
+    picture = scene(rng)
+    question, answer = _ask(picture, _pick(rng, VQA_TYPES), "recognition")
+    return picture.image, f"{question}\n{WORD}", [answer]
+
+
+def ocrvqa(rng):
+    picture = window(rng)
+    question, answer = _ask(picture, _pick(rng, ("button-text", "button-color")))
+    return picture.image, f"{question}\n{WORD}", [answer]
+
+
+TASKS = {
+    "ucit": {
+        "ImageNet-R": imagenet_r, "ArxivQA": arxivqa, "VizWiz": vizwiz_caption, "IconQA": iconqa,
+        "CLEVR": clevr_math, "Flickr30k": flickr30k,
+    },
+    "trigap": {
+        "PMCVQA": pmcvqa, "DocVQA": docvqa, "ChartQA": chartqa, "IconQA": iconqa,
+        "InfographicVQA": infographicvqa, "ArxivQA": arxivqa, "Roadside": roadside,
+        "ChemVQA": chemvqa, "FloodNetVQA": floodnetvqa, "CLEVR": clevr,
+    },
+    "coin": {
+        "ScienceQA": scienceqa, "TextVQA": textvqa, "ImageNet": imagenet, "GQA": gqa,
+        "VizWiz": vizwiz, "Grounding": grounding, "VQAv2": vqav2, "OCRVQA": ocrvqa,
+    },
+}  # fmt: skip
+TASK_SIZE = {"train": 600, "test": 120}
+
+
+def draw_tasks(rng, folder: Path, stream: str) -> None:
+    """One of TASKS in the layout that data.py's table gives for the released files."""
+    from data import STREAMS
+
+    row = STREAMS[stream]
+    for stage, example in TASKS[stream].items():
+        (folder / row.images / stage).mkdir(parents=True, exist_ok=True)
+        captions = []
+        for split, file in zip(("train", "test"), row.files[stage].split(), strict=True):
+            records = []
+            for k in range(TASK_SIZE[split]):
+                image, question, answers = example(rng)
+                name = f"{stage}/{split}_{k:05d}.png"
+                _save(image, folder / row.images / name)
+                box = isinstance(answers[0], float)
+                said = f"[{', '.join(f'{x:.2f}' for x in answers)}]" if box else answers[0]
+                record = {"question_id": k, "image": f"./{name}", "text": question}
+                if split == "train":
+                    turns = [("human", f"<image>\n{question}"), ("gpt", said)]
+                    record = {"id": k, "image": f"./{name}"}
+                    record["conversations"] = [{"from": a, "value": b} for a, b in turns]
+                elif box:
+                    record |= {"answer_bbox": said, "size": [SIDE, SIDE]}
+                else:
+                    record["answer"] = answers if row.metrics.get(stage) == "vqa" else said
+                    captions += [{"image_id": k + 1, "caption": a} for a in answers]
+                records.append(record)
+            _dump(records, folder / row.folders[0] / stage / f"{file}.json")
+        if row.metrics.get(stage) == "caption":  # COCO's format, images counted from 1
+            path = folder / row.folders[0] / stage / "val_coco_type_3000.json"
+            _dump({"annotations": captions}, path)
 
 
 # ---------------------------------------------------------------------------------------------

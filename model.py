@@ -165,12 +165,11 @@ def _attach(model, paths, name, rank, alpha, dropout):
     return [p for layer in _adapted(model, name).values() for p in layer.pair(name)]
 
 
-def add_lora(model, name, rank, alpha, dropout, targets):
-    """Add an adapter and make it active; returns its parameters, A and B of layer after layer.
+def target_paths(model, targets):
+    """Paths of the linear layers that these targets mean, in model order.
 
     targets: some of TARGETS: linear layers of every decoder layer, and "projector" for both of its
-    layers. A is drawn from torch's global generator: torch.manual_seed before the call fixes it.
-    Raises InputError for a target that this model does not have.
+    layers. Raises InputError for a target that this model does not have.
     """
     patterns = {t: rf"model\.language_model\.(.+\.)?{t}_proj" for t in TARGETS}
     patterns["projector"] = r"model\.multi_modal_projector\.linear_[12]"
@@ -181,7 +180,16 @@ def add_lora(model, name, rank, alpha, dropout, targets):
         if not found:
             raise InputError(f"--targets: {target!r} is no layer of this model, see {TARGETS}")
         chosen |= found
-    paths = [path for path in layers if path in chosen]  # in model order, whatever targets' order
+    return [path for path in layers if path in chosen]  # whatever the targets' order
+
+
+def add_lora(model, name, rank, alpha, dropout, targets):
+    """Add an adapter and make it active; returns its parameters, A and B of layer after layer.
+
+    targets: see target_paths. A is drawn from torch's global generator: torch.manual_seed before
+    the call fixes it.
+    """
+    paths = target_paths(model, targets)
     return _attach(model, paths, name, rank, alpha, dropout)
 
 

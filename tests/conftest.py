@@ -6,6 +6,7 @@ on both. Every test gets a fresh copy. `tiny_folder` and `tiny_siglip_qwen_folde
 """
 
 import copy
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a network
@@ -229,3 +230,42 @@ def samples(tmp_path_factory):
             )
         )
     return made
+
+
+@pytest.fixture(scope="session")
+def stream_folder(tmp_path_factory):
+    """Three stages of 12 training and 5 test questions of two kinds; one sample has no image."""
+    root, random = tmp_path_factory.mktemp("stream"), np.random.default_rng(0)
+    for s, stage in enumerate(("one", "two", "three")):
+        (root / stage / "images").mkdir(parents=True)
+        records = {"train": [], "test": []}
+        for split, n in (("train", 12), ("test", 5)):
+            for k in range(n):
+                name = f"images/{split}{k}.png"
+                pixels = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / stage / name)
+                kind = ("color", "count")[k % 2]
+                question = ("what color is the cup?", "how many cars are there?")[k % 2]
+                answer = ("red", "three")[(k + s) % 2]
+                record = {"id": f"{stage}{k}", "image": name, "skill": kind}
+                if split == "train":
+                    turns = [("human", f"<image>\n{question}"), ("gpt", answer)]
+                    record["conversations"] = [{"from": a, "value": b} for a, b in turns]
+                else:
+                    record |= {"text": question, "answer": answer}
+                if stage == "two" and k == 3:
+                    del record["image"]
+                    if split == "train":
+                        record["conversations"][0]["value"] = question
+                records[split].append(record)
+        for split, content in records.items():
+            (root / stage / f"{split}.json").write_text(json.dumps(content))
+    (root / "stream.json").write_text(json.dumps({"stages": ["one", "two", "three"]}))
+    return root
+
+
+@pytest.fixture(scope="session")
+def flags(stream_folder, tiny_folder):
+    """The flags that all runs share."""
+    text = f"--stream {stream_folder} --model {tiny_folder} --batch_size 4 --epochs 2 --lr 2e-2"
+    return [*text.split(), "--threads", "1", "--max_new_tokens", "4"]

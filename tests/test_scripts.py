@@ -16,54 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import asr
 import baselines
+import cram
 import data
 import eval as evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"asr": asr, "baselines": baselines}
-
-
-@pytest.fixture(scope="session")
-def stream_folder(tmp_path_factory):
-    """Three stages of 12 training and 5 test questions of two kinds; one sample has no image."""
-    root, random = tmp_path_factory.mktemp("stream"), np.random.default_rng(0)
-    for s, stage in enumerate(("one", "two", "three")):
-        (root / stage / "images").mkdir(parents=True)
-        records = {"train": [], "test": []}
-        for split, n in (("train", 12), ("test", 5)):
-            for k in range(n):
-                name = f"images/{split}{k}.png"
-                pixels = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / stage / name)
-                kind = ("color", "count")[k % 2]
-                question = ("what color is the cup?", "how many cars are there?")[k % 2]
-                answer = ("red", "three")[(k + s) % 2]
-                record = {"id": f"{stage}{k}", "image": name, "skill": kind}
-                if split == "train":
-                    turns = [("human", f"<image>\n{question}"), ("gpt", answer)]
-                    record["conversations"] = [{"from": a, "value": b} for a, b in turns]
-                else:
-                    record |= {"text": question, "answer": answer}
-                if stage == "two" and k == 3:
-                    del record["image"]
-                    if split == "train":
-                        record["conversations"][0]["value"] = question
-                records[split].append(record)
-        for split, content in records.items():
-            (root / stage / f"{split}.json").write_text(json.dumps(content))
-    (root / "stream.json").write_text(json.dumps({"stages": ["one", "two", "three"]}))
-    return root
-
-
-@pytest.fixture(scope="session")
-def flags(stream_folder, tiny_folder):
-    """The flags that all runs share."""
-    text = f"--stream {stream_folder} --model {tiny_folder} --batch_size 4 --epochs 2 --lr 2e-2"
-    return [*text.split(), "--threads", "1", "--max_new_tokens", "4"]
+SCRIPTS = {"asr": asr, "baselines": baselines, "cram": cram}
 
 
 def run_here(script, flags, out):
@@ -71,6 +32,8 @@ def run_here(script, flags, out):
     module = SCRIPTS[script]
     args = module.parse([*flags, "--out", str(out)])
     stream = data.load_stream(data.resolve_defaults(args))
+    if script == "cram":
+        cram.check_stream(args, stream)
     run = evaluation.start_run(args, f"{script}.py")
     module.main(args, stream, run)
     return run

@@ -1,0 +1,260 @@
+"""CRAM: routing, ranks, isolation of the experts, and whole runs."""
+
+import json
+import signal
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+from test_scripts import run_here, start
+
+import cram
+import data
+import eval as evaluation
+from data import Collator
+from model import FeatureCache, generate, image_features, image_tokens
+
+
+def random_experts(model, T=3, rank=3, seed=0):
+    """The layers of a model with T random frozen experts, the first two in one group."""
+    layers, routing = cram.add_experts(model, ["q", "v"], 2.0, 0.0)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers.values():
+        for k in range(T):
+            A = torch.randn(rank + k, layer.base.in_features, generator=generator)
+            B = torch.randn(layer.base.out_features, rank + k, generator=generator)
+            layer.keep(k, 0.1 * A, 0.1 * B)
+    memory = {"routing": routing, "group": torch.tensor([0, 0, 1][:T]), "count": torch.ones(2)}
+    return layers, routing, memory
+
+
+def test_an_answer_does_not_depend_on_its_batch(tiny, samples):
+    model, processor = tiny
+    layers, routing, memory = random_experts(model)
+    cache = FeatureCache(model, processor)
+    features_of = cram.RoutingFeatures(model, processor, cache)
+    u, q = features_of(samples[:5])
+    memory |= {"prototype": u[:2].clone(), "centroid": torch.nan_to_num(q[[0, 1, 3]])}
+    args = types.SimpleNamespace(routing="centroid", reuse=True, sigma=None)
+    collator = Collator(processor, image_tokens(model, processor))
+
+    def answer(part):
+        group, pi = cram.weights_for(*features_of(part), memory, args)
+        assert torch.allclose(pi.sum(1), torch.ones(len(part)))
+        assert (pi[:, 2] == (group == 1)).all()  # the group of one expert: weight 1, others 0
+        routing.weights = pi
+        batch = collator(part, train=False)
+        return generate(model, processor, batch, image_features(cache, part), 6), pi
+
+    samples = samples[:40:5] + samples[1:5]  # the first eight ask one question
+    texts, pi = answer(samples)
+    for order in ([3, 0, 9, 4, 1, 7, 2, 11], [1], [4, 5]):
+        again, pi_again = answer([samples[k] for k in order])
+        assert again == [texts[k] for k in order]
+        assert torch.equal(pi_again, pi[order])
+    assert len({tuple(row.tolist()) for row in pi}) > 2  # the samples do take different routes
+
+
+def test_all_experts_at_once_are_the_sum_over_experts(tiny):
+    model, _ = tiny
+    layers, routing, _ = random_experts(model)
+    layer = next(iter(layers.values()))
+    x, pi = torch.randn(2, 5, layer.base.in_features), torch.rand(2, 3)
+    routing.weights = pi
+    wanted = layer.base(x)
+    for k in range(3):
+        own = layer.owner == k
+        wanted = wanted + 2.0 * pi[:, k, None, None] * (x @ layer.A[own].T @ layer.B[:, own].T)
+    assert torch.allclose(layer(x), wanted, atol=1e-5)
+    routing.weights = None
+    assert torch.equal(layer(x), layer.base(x))
+
+
+def test_the_whole_buffer_becomes_an_expert_of_the_same_function():
+    A, B = torch.randn(12, 40), torch.randn(30, 12)
+    new_A, new_B, chosen = cram.adaptive_expert(A, B, 2.0, r_max=12, tau_alloc=0.0)
+    assert len(chosen) == 12 and torch.allclose(new_B @ new_A, B @ A, atol=1e-4)
+    assert torch.allclose(new_A.norm(dim=1), new_B.norm(dim=0), atol=1e-4)  # sqrt(S) each
+
+
+def test_rank_rules_against_numpy():
+    rng = np.random.default_rng(3)
+    for case in range(20):
+        A, B = rng.normal(size=(10, 24)), rng.normal(size=(16, 10))
+        Q = np.linalg.qr(rng.normal(size=(24, 5)))[0] if case % 4 else None
+        tau = float(rng.uniform(0, 40))
+        got_A, got_B, chosen = cram.adaptive_expert(
+            torch.tensor(A), torch.tensor(B), 2.0, None if Q is None else torch.tensor(Q),
+            r_min=3, r_max=6, tau_alloc=tau, tau_orth=0.95,
+        )  # fmt: skip
+        U, S, Vh = np.linalg.svd(B @ A)
+        S = S[:10]
+        out = Vh[:10] - (Vh[:10] @ Q @ Q.T if Q is not None else 0)
+        novelty = np.linalg.norm(out, axis=1)
+        limit = 0.95 * np.sqrt(1 - 5 / 24) if Q is not None else 0
+        wanted = [k for k in range(10) if 2 * S[k] > tau and k < 6 and novelty[k] > limit]
+        wanted += [k for k in range(10) if k not in wanted][: max(0, 3 - len(wanted))]
+        assert chosen.tolist() == sorted(wanted) and 3 <= len(chosen) <= 6
+        if Q is not None:
+            assert np.abs(got_A.numpy() @ Q).max() < 1e-5  # nothing is left inside Q
+        product = sum(S[k] * np.outer(U[:, k], out[k] / novelty[k]) for k in sorted(wanted))
+        assert np.allclose(got_B @ got_A, product, atol=1e-4)
+    inside = torch.eye(24)[:, :10]  # a buffer that older experts have already, all of it
+    A = torch.randn(10, 10) @ inside.T
+    kept, _, chosen = cram.adaptive_expert(A, torch.randn(16, 10), 2.0, inside, tau_alloc=0)
+    assert len(chosen) == 4 and torch.allclose(kept @ inside @ inside.T, kept, atol=1e-5)
+
+
+def test_groups_follow_from_cosines_by_hand():
+    e = torch.eye(8)
+    mean = torch.nn.functional.layer_norm
+
+    def unit(*weights):
+        return mean(sum(w * e[k] for k, w in enumerate(weights)), (8,))
+
+    assert cram.choose_group(e[0], torch.zeros(0, 8)) == 0
+    one = unit(1.0)[None]
+    assert cram.choose_group(unit(1.0, 0.1), one) == 0  # cosine 0.99
+    assert cram.choose_group(unit(0.3, 1.0), one) == 1  # cosine 0.15
+    two = torch.stack([unit(1.0), unit(0, 1.0)])
+    assert cram.choose_group(unit(1.0, 0.2), two) == 0  # far ahead of the second
+    assert cram.choose_group(unit(1.0, 0.95), two) == 2  # 0.05 ahead: undecided, a new group
+    assert cram.choose_group(unit(1.0, 0.95), two, max_groups=2) == 0
+    assert cram.group_of(torch.stack([unit(0.2, 1.0), unit(5.0)]), two).tolist() == [1, 0]
+
+
+def test_weights_against_numpy():
+    rng = np.random.default_rng(5)
+    q, c = rng.normal(size=(7, 4)), rng.normal(size=(5, 4))
+    groups, group = np.array([0, 1, 0, 1, 0]), np.array([0, 1, 1, 0, 0, 1, 0])
+    q[2] = np.nan
+    got = cram.route(*map(torch.tensor, (q, group, c, groups)), 1.3)
+    for n in range(7):
+        own = groups == group[n]
+        w = np.exp(-((q[n] - c) ** 2).sum(1) / (2 * 1.3**2)) * own if n != 2 else own.astype(float)
+        assert np.allclose(got[n], w / w.sum())
+    pairs = [np.linalg.norm(c[i] - c[j]) for i in range(5) for j in range(i)]
+    assert np.isclose(cram.median_distance(torch.tensor(c)), np.sort(pairs)[4])
+
+
+def test_the_penalty_is_zero_for_orthogonal_outputs_and_spares_old_experts(tiny, samples):
+    model, processor = tiny
+    layers, routing, memory = random_experts(model, T=2)
+    collator = Collator(processor, image_tokens(model, processor))
+    part = [s for s in samples if s.image is not None][:2]
+    batch, features = collator(part, train=True), image_features(FeatureCache(*tiny), part)
+    memory["group"] = torch.tensor([0, 0, 0])
+    routing.weights, routing.gamma = torch.full((2, 3), 1 / 3), torch.full((2,), 2 / 3)
+    before = {path: (layer.A.clone(), layer.B.clone()) for path, layer in layers.items()}
+    parameters = []
+    for layer in layers.values():
+        layer.old_outputs = cram.basis(layer.B)
+        Q = layer.old_outputs
+        out = torch.randn(len(Q), 3)
+        layer.train_pair(torch.randn(3, layer.base.in_features), out - Q @ (Q.T @ out))
+        parameters += [layer.new_A, layer.new_B]
+    values = cram.backward(model, batch, features, (1.0, 1.0), routing, layers, 1.0)
+    assert 0 <= values["orthogonality"] < 1e-8
+    for layer in layers.values():  # and with outputs that older experts have
+        layer.train_pair(layer.new_A, layer.B[:, :3])
+    values = cram.backward(model, batch, features, (1.0, 1.0), routing, layers, 1.0)
+    assert values["orthogonality"] > 1e-3
+    new = {id(p) for layer in layers.values() for p in (layer.new_A, layer.new_B)}
+    for path, p in model.named_parameters():  # the projector and all else: no gradient at all
+        assert (p.grad is not None) == (id(p) in new), path
+    for path, layer in layers.items():
+        assert all(
+            torch.equal(*pair) for pair in zip(before[path], (layer.A, layer.B), strict=True)
+        )
+
+
+def results(run):
+    files = ["matrix.json", *(f"predictions/{p.name}" for p in (run / "predictions").iterdir())]
+    kept = torch.load(run / "experts.pt", weights_only=True)
+    return {name: (run / name).read_bytes() for name in files}, kept
+
+
+@pytest.fixture(scope="module")
+def cram_run(flags, tmp_path_factory):
+    return run_here("cram", [*flags, "--warmup", "0.5"], tmp_path_factory.mktemp("run") / "cram")
+
+
+def test_a_run_leaves_its_records_and_figures(cram_run):
+    summary = json.loads((cram_run / "summary.json").read_text())
+    ranks = np.array(summary["ranks"])
+    assert ranks.shape == (3, 16) and ranks.min() >= 4 and ranks.max() <= 9
+    assert len(summary["groups"]) == 3 and summary["stored_parameters"] == sorted(
+        summary["stored_parameters"]
+    )
+    routes = np.load(cram_run / "routing.npz")
+    assert routes["3-1-weights"].shape == (5, 3) and routes["2-2-weights"].shape == (5, 2)
+    assert np.allclose(routes["3-2-weights"].sum(1), 1)
+    lines = [json.loads(line) for line in (cram_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines[:6]] == ["buffer"] * 5 + ["stable"]
+    assert evaluation.rescore(cram_run) == []
+    names = {path.name for path in (cram_run / "figures").iterdir()}
+    assert len(names) == 6
+
+
+def test_old_experts_do_not_change_by_a_bit(cram_run, flags, tmp_path):
+    """A run over the first stage alone leaves the expert that the longer run still holds."""
+    short = run_here("cram", [*flags, "--warmup", "0.5", "--order", "one"], tmp_path / "short")
+    long, first = results(cram_run)[1]["experts"], results(short)[1]["experts"]
+    for path, layer in first.items():
+        own = long[path]["owner"] == 0
+        assert torch.equal(long[path]["A"][own], layer["A"])
+        assert torch.equal(long[path]["B"][:, own], layer["B"])
+
+
+@pytest.mark.parametrize("lines", [8, 12])  # killed in the buffer, and in the stable phase
+def test_killed_and_resumed_gives_the_same_bytes(lines, cram_run, flags, tmp_path):
+    run, more = tmp_path / "killed", ["--warmup", "0.5", "--save_every", "1"]
+    process = start("cram", [*flags, *more], run)
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None and (
+        not metrics.exists() or metrics.read_bytes().count(b"\n") < lines
+    ):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (run / "summary.json").exists()
+    run_here("cram", [*flags, *more, "--resume"], run)
+    (files, kept), (wanted_files, wanted) = results(run), results(cram_run)
+    assert files == wanted_files
+    for path, layer in wanted["experts"].items():
+        assert all(torch.equal(value, kept["experts"][path][n]) for n, value in layer.items())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--no-reuse",
+        "--no-grouping --routing uniform",
+        "--routing oracle --warmup 0",
+        "--paper_constants --fixed_rank",
+        "--gradient_checkpointing --dtype bf16 --lambda_orth 0",
+    ],
+)
+def test_every_ablation_runs(more, flags, tmp_path):
+    run = run_here("cram", [*flags, *more.split(), "--limit", "4"], tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    weights = np.load(run / "routing.npz")["3-2-weights"]
+    if "oracle" in more:
+        assert summary["routing_accuracy"] == {"group": 100, "expert": 100}
+    if "no-reuse" in more or "oracle" in more:
+        assert set(np.unique(weights)) <= {0, 1}
+    if "no-grouping" in more:
+        assert summary["groups"] == [0, 0, 0] and np.allclose(weights, 1 / 3)
+
+
+def test_bad_input(flags, tmp_path):
+    with pytest.raises(data.InputError, match="3 stages need --max_experts 3"):
+        run_here("cram", [*flags, "--max_experts", "2"], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for wrong in ("--targets q,projector", "--r_min 10", "--tau_alloc -1", "--sigma 0"):
+        with pytest.raises(data.InputError, match=wrong.split()[0].removeprefix("--")):
+            cram.parse(wrong.split())
+    with pytest.raises(data.InputError, match="no CLIP model"):
+        run_here("cram", [*flags, "--routing_features", str(tmp_path)], tmp_path / "clip")
