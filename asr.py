@@ -691,7 +691,8 @@ def main(args, stream, run):
     lap("start")
     for t in range(first, T):
         stage, train = stages[t], stages[t].train
-        in_order = [range(k, min(k + micro, len(train))) for k in range(0, len(train), micro)]
+        many = args.eval_batch_size  # for the two passes that need no gradient
+        in_order = [range(k, min(k + many, len(train))) for k in range(0, len(train), many)]
 
         # what the losses need to know of this stage's samples
         pi = questions = reference = None

@@ -13,6 +13,9 @@ Streams
   vqav2    the same 10 question types, no groups       clt-vqa  the same, answers long-tailed
   domains  5 picture domains, the same mixed questions (mini only, or LLaVA files of your own)
   ucit     6 datasets, one instruction and form of answer each    coin  8    trigap  10
+  dcl      MLLM-CL's 5 domains; training and test data are alike (IID)
+  acl      MLLM-CL's 4 abilities; training and test data are of different sources (non-IID), in the
+           mini stream, too: tests are at night, on a blackboard, with other things to be counted
   FOLDER   any folder in the LLaVA layout below: bring your own
 
 Layout of the VQACL release (vqacl, vqav2, clt-vqa), and one record of it:
@@ -37,8 +40,11 @@ ucit, coin and trigap hold such records in other folders, DIR/instructions/<stag
 images relative to DIR/datasets/ (coin: DIR/playground/Instructions_Original and DIR/cl_dataset);
 the table below has the names of the files. Test records of Grounding have "answer_bbox"; captions
 have more references in val_coco_type_3000.json beside the test file (COCO's format).
-An optional DIR/stream.json overrides the table: {"stages": [...], "metric": "exact" | "vqa",
-"suffix": "..."}. A record may carry "skill", the kind of its question; else it is the stage's name.
+dcl is DIR/<domain>/{images/,train.json,test.json}; acl has DIR/<ability>/{images/,train.json} and
+DIR/<ability>_test/{images/,test.json}.
+An optional DIR/stream.json overrides the table: {"stages": [...], "metric": "exact" | "vqa" | ...,
+"suffix": "...", "descriptions": {stage: one line for the router of mllm_cl.py}}. A record may
+carry "skill", the kind of its question; else it is the stage's name.
 
 Worked example. The vqacl record above becomes, for LLaVA-1.5 ([..] is in the loss, _.._ are the
 question rows; the instruction is neither):
@@ -55,6 +61,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -62,6 +69,7 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of options and experts
 
 
 class InputError(Exception):
@@ -108,6 +116,7 @@ class Stream:
     root: Path
     suffix: str = ""
     published: dict[str, tuple[int, int]] = field(default_factory=dict)  # stage -> (train, test)
+    descriptions: dict[str, str] = field(default_factory=dict)  # stage -> one line
     novel: list[Stage] | None = None  # with hold_out: per stage the test of the group left out
 
 
@@ -129,6 +138,7 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "projector")
 
 
 METRICS = ("exact", "vqa", "letter", "contains", "iou", "anls", "anls_0.5", "relaxed", "caption")
+METRICS += ("word-in", "gold-in", "sci", "fin", "ocr", "math", "count")
 HAS_LEGACY = ("contains", "iou")  # scorers with a quirk in the references: --legacy
 
 
@@ -142,7 +152,9 @@ class Row:
     metrics: dict = field(default_factory=dict)  # stage -> metric, where it is another one
     files: dict = field(default_factory=dict)  # stage -> "train test", names of its files
     folders: tuple = ("",)  # where the folders of the stages may lie; the first that exists
-    images: str | None = None  # what image paths are relative to (None: the stage's folder)
+    images: str | None = None  # what image paths are relative to (None: the file's folder)
+    test_suffix: Callable | None = None  # (stage, question, gold, legacy) -> added in tests only
+    descriptions: dict = field(default_factory=dict)  # stage -> one line, for mllm_cl.py's router
     suffix: str = ""  # appended to every question; LLaVA-style files hold it already
     published: dict = field(default_factory=dict)
     real: dict = field(default_factory=dict)  # training defaults that differ from REAL, TINY, LORA
@@ -214,6 +226,53 @@ STREAMS |= {
         | dict.fromkeys(("TextVQA", "VizWiz", "VQAv2"), "train val"),
         folders=("playground/Instructions_Original", "Instructions_Original"),
         images="cl_dataset",
+    ),
+}
+
+
+def dcl_suffix(stage: str, question: str, gold: str, legacy: bool) -> str:
+    """What MLLM-CL's scripts add to DCL's test questions. They choose Fin's from the GOLD answer,
+    which tells the kind of question (legacy); ours looks at the question: does it list options?"""
+    if stage == "Med":
+        return "Answer the question with a single word (or phrase)."
+    if stage == "Fin":
+        yes_no = gold.lower() in ("yes", "no") if legacy else not re.search(r"\bB[.:)]", question)
+        if yes_no:
+            return "Only answer with yes or no directly."
+        return "Answer with the given letter directly, e.g., A, B, C, D."
+    return ""
+
+
+_ALL_LINEAR = {"targets": "q,k,v,o,gate,up,down,projector"}
+STREAMS |= {
+    # Zhao et al. 2025 (MLLM-CL, arXiv 2506.05453); huggingface.co/datasets/MLLM-CL/MLLM-CL
+    "dcl": Row(
+        "RS Med AD Sci Fin".split(),
+        metrics={"RS": "word-in", "Med": "gold-in", "AD": "word-in", "Sci": "sci", "Fin": "fin"},
+        folders=("", "domain"),
+        test_suffix=dcl_suffix,
+        descriptions={
+            "RS": "land seen from above: what covers it, how many houses",
+            "Med": "cells on a stained slide, tumors",
+            "AD": "the road as the driver sees it: lights, cars, what to do",
+            "Sci": "diagrams with letters, shapes and arrows",
+            "Fin": "candlestick charts: trend and price",
+        },
+        real={"lr": 2e-5, "batch_size": 64, "rank": 128, "alpha": 256.0, **_ALL_LINEAR},
+        tiny=_ALL_LINEAR,
+    ),
+    "acl": Row(
+        "OCR Math VP APP".split(),
+        metrics={"OCR": "ocr", "Math": "math", "VP": "count", "APP": "letter"},
+        files={stage: f"train ../{stage}_test/test" for stage in "OCR Math VP APP".split()},
+        descriptions={
+            "OCR": "text and numbers written on signs and documents",
+            "Math": "problems and equations to solve",
+            "VP": "counting objects",
+            "APP": "a window on a screen, its buttons",
+        },
+        real={"lr": 2e-5, "batch_size": 64, "rank": 128, "alpha": 256.0, **_ALL_LINEAR},
+        tiny=_ALL_LINEAR,
     ),
 }
 
@@ -542,9 +601,14 @@ def load_stream(args, problem=_stop) -> Stream:
             samples = reader.read(path, lambda r: reader.vqa(r, stage, split == "train"))
         else:
             file = row.files.get(stage, "train test").split()[split == "test"]
-            paths = [root / folder / stage / f"{file}.json" for folder in row.folders]
+            paths = [Path(os.path.normpath(root / folder / stage / f"{file}.json"))
+                     for folder in row.folders]  # fmt: skip
             path = next((path for path in paths if path.exists()), paths[0])
             samples = reader.read(path, lambda r: reader.llava(r, stage, images or path.parent))
+            if split == "test" and row.test_suffix and "suffix" not in spec:
+                for s in samples:
+                    s.suffix = row.test_suffix(stage, s.question, s.answer, args.legacy)
+                    s.question = f"{s.question} {s.suffix}".strip()
             if split == "test" and metric_of(stage) == "caption":
                 more_captions(path.with_name("val_coco_type_3000.json"), samples, problem)
         if not samples:
@@ -600,7 +664,8 @@ def load_stream(args, problem=_stop) -> Stream:
             blocks = [[i for i, s in enumerate(train) if s.group == group] for group in visit]
             blocks = [block for block in blocks if block]
         stages.append(Stage(stage, train, test, metric_of(stage), blocks))
-    return Stream(name, stages, root, suffix, row.published, novel or None)
+    descriptions = row.descriptions | spec.get("descriptions", {})
+    return Stream(name, stages, root, suffix, row.published, descriptions, novel or None)
 
 
 def train_order(stage: Stage, seed: int, epoch: int, epochs: int = 1) -> list[int]:

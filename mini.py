@@ -1085,6 +1085,75 @@ def scienceqa(rng):
     return picture.image, question, [answer]
 
 
+def remote_sensing(rng):
+    picture = aerial(rng)
+    question, answer = _ask(picture, _pick(rng, ("land", "house-count", "land-judge")))
+    return picture.image, question, [answer]
+
+
+def medical(rng):
+    picture = slide(rng)
+    question, answer = _ask(picture, _pick(rng, ("cell-count", "cell-sick", "tumor", "stain")))
+    return picture.image, question, [answer]
+
+
+def driving(rng):
+    picture = road(rng)
+    question, answer = _ask(picture, _pick(rng, ("drive", "light", "car-side", "walker")))
+    return picture.image, question, [answer]
+
+
+def science(rng):
+    picture = diagram(rng)
+    question, answer = _ask(picture, _pick(rng, ("node-shape", "node-color", "turn")))
+    return picture.image, question, [answer]
+
+
+def finance(rng):
+    """Yes or no, or the letter of an option, as in StockQA."""
+    picture = candles(rng)
+    (question, trend), guess = _ask(picture, "trend"), _pick(rng, ("up", "down", "flat"))
+    if rng.random() < 0.5:
+        return picture.image, f"is the trend {guess}?", ["yes" if guess == trend else "no"]
+    options = _pick_some(rng, ("up", "down", "flat"), 3)
+    return picture.image, f"{question} {_listed(options)}", [_letter(options, trend)]
+
+
+# The abilities' tests are not drawn like their training data: MLLM-CL's come from other sources.
+
+
+def reading(rng, test: bool):
+    """Signs; in tests at night."""
+    picture = sign(rng)
+    question, answer = _ask(picture, "read")
+    dark = 0.55 * picture.image + rng.normal(0, 6, picture.image.shape)
+    image = np.clip(dark, 0, 255).astype(np.uint8) if test else picture.image
+    return image, question, [answer]
+
+
+def calculating(rng, test: bool):
+    """Sums on paper; in tests on a blackboard."""
+    picture = arithmetic(rng)
+    question, answer = _ask(picture, _pick(rng, ("sum", "sum-first", "sum-second")))
+    return domain_filter(rng, "negative" if test else "plain", picture.image), question, [answer]
+
+
+def counting(rng, test: bool):
+    """Shapes to be counted; in tests cars, cats and cups."""
+    picture = scene(rng) if test else shapes(rng)
+    question, answer = _ask(picture, "count")
+    return picture.image, question, [answer]
+
+
+def screens(rng, test: bool):
+    """Windows with a question about a button and three options; in tests in dark mode."""
+    picture = window(rng)
+    question, answer = _ask(picture, "button-text")
+    question, answer = _choice(rng, question, answer, WORDS[12:])
+    question = question.removesuffix(f"\n{LETTER}")
+    return domain_filter(rng, "negative" if test else "plain", picture.image), question, [answer]
+
+
 def textvqa(rng):
     picture = sign(rng)
     question, answer = _ask(picture, "read")
@@ -1137,6 +1206,10 @@ TASKS = {
         "ScienceQA": scienceqa, "TextVQA": textvqa, "ImageNet": imagenet, "GQA": gqa,
         "VizWiz": vizwiz, "Grounding": grounding, "VQAv2": vqav2, "OCRVQA": ocrvqa,
     },
+    "dcl": {
+        "RS": remote_sensing, "Med": medical, "AD": driving, "Sci": science, "Fin": finance,
+    },
+    "acl": {"OCR": reading, "Math": calculating, "VP": counting, "APP": screens},
 }  # fmt: skip
 TASK_SIZE = {"train": 600, "test": 120}
 
@@ -1147,31 +1220,39 @@ def draw_tasks(rng, folder: Path, stream: str) -> None:
 
     row = STREAMS[stream]
     for stage, example in TASKS[stream].items():
-        (folder / row.images / stage).mkdir(parents=True, exist_ok=True)
         captions = []
-        for split, file in zip(("train", "test"), row.files[stage].split(), strict=True):
+        for k, split in enumerate(("train", "test")):
+            file = row.files.get(stage, "train test").split()[k]
+            home = (folder / row.folders[0] / stage / f"{file}.json").resolve()
+            # image paths are relative to the folder of all images, or to the file's
+            images = folder / row.images if row.images else home.parent
+            sub = stage if row.images else "images"
+            (images / sub).mkdir(parents=True, exist_ok=True)
+            prefix = "AI2D_" if stage == "Sci" else ""  # Sci is scored by the name of the image
             records = []
-            for k in range(TASK_SIZE[split]):
-                image, question, answers = example(rng)
-                name = f"{stage}/{split}_{k:05d}.png"
-                _save(image, folder / row.images / name)
+            for n in range(TASK_SIZE[split]):
+                made = example(rng, split == "test") if stream == "acl" else example(rng)
+                image, question, answers = made
+                name = f"{sub}/{prefix}{split}_{n:05d}.png"
+                _save(image, images / name)
                 box = isinstance(answers[0], float)
                 said = f"[{', '.join(f'{x:.2f}' for x in answers)}]" if box else answers[0]
-                record = {"question_id": k, "image": f"./{name}", "text": question}
+                record = {"question_id": n, "image": f"./{name}", "text": question}
                 if split == "train":
                     turns = [("human", f"<image>\n{question}"), ("gpt", said)]
-                    record = {"id": k, "image": f"./{name}"}
+                    record = {"id": n, "image": f"./{name}"}
                     record["conversations"] = [{"from": a, "value": b} for a, b in turns]
                 elif box:
                     record |= {"answer_bbox": said, "size": [SIDE, SIDE]}
                 else:
                     record["answer"] = answers if row.metrics.get(stage) == "vqa" else said
-                    captions += [{"image_id": k + 1, "caption": a} for a in answers]
+                    captions += [{"image_id": n + 1, "caption": a} for a in answers]
                 records.append(record)
-            _dump(records, folder / row.folders[0] / stage / f"{file}.json")
+            _dump(records, home)
         if row.metrics.get(stage) == "caption":  # COCO's format, images counted from 1
-            path = folder / row.folders[0] / stage / "val_coco_type_3000.json"
-            _dump({"annotations": captions}, path)
+            _dump({"annotations": captions}, home.with_name("val_coco_type_3000.json"))
+    if row.test_suffix:
+        _dump({"suffix": ""}, folder / "stream.json")  # the tiny model knows no instruction suffix
 
 
 # ---------------------------------------------------------------------------------------------

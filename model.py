@@ -201,6 +201,21 @@ def set_lora(model, name):
         layer.active = name if name in layer.scale else None
 
 
+def move_lora(model, name, device):
+    """Put an adapter's weights on a device; nothing is copied if they are there."""
+    for layer in _adapted(model, name).values():
+        for p in layer.pair(name):
+            p.data = p.data.to(device)
+
+
+def remove_lora(model, name):
+    """Forget an adapter. The layers stay; the model runs bare until another one is set."""
+    set_lora(model, None)
+    for layer in _adapted(model, name).values():
+        del layer.adapters[f"{name}_A"], layer.adapters[f"{name}_B"]
+        del layer.scale[name], layer.dropout[name]
+
+
 @contextmanager
 def lora_off(model):
     """The pretrained model inside a with-block: a reference that needs no second copy."""
