@@ -76,6 +76,10 @@ OBJECTS = {
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 ACTIONS = ("resting", "moving", "falling", "sleeping")
 WEATHER = ("clear", "rain", "snow", "night", "fog")
+# What the tiny LLaVA's language model is taught about. Seven things, one action and two kinds of
+# weather it has seen (its tower has) and never heard of: the streams have to teach it these.
+FAMILIAR = ("car", "cat", "cake", "cup", "apple", "ball", "bird", "couch")
+FAMILIAR_ACTIONS, FAMILIAR_WEATHER = ACTIONS[:3], WEATHER[:3]
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 LANDS = ("water", "forest", "field", "town", "sand")
 LETTERS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
@@ -339,13 +343,15 @@ class Thing:
         return PLACES[2 * (self.cell // 8) + (self.cell % 4) // 2]
 
 
-def scene(rng, names=tuple(OBJECTS), everything: bool = False, n: int = 0) -> Picture:
+def scene(
+    rng, names=tuple(OBJECTS), everything: bool = False, n: int = 0, actions=ACTIONS, sky=WEATHER
+) -> Picture:
     """n (0: 2 to 4) things, one per quadrant, of different colors; names may repeat, to be counted.
 
     Questions are about the first thing, whose class is the picture's category; or about everything.
     """
     n = n or int(rng.integers(2, 5))
-    weather = WEATHER[rng.integers(len(WEATHER))]
+    weather = _pick(rng, sky)
     colors = rng.permutation(list(COLORS))[:n]
     quadrants = rng.permutation(4)[:n]
     first = _pick(rng, names)
@@ -355,7 +361,7 @@ def scene(rng, names=tuple(OBJECTS), everything: bool = False, n: int = 0) -> Pi
         name = first if repeat else names[rng.integers(len(names))]
         dy, dx = rng.integers(0, 2, 2)
         cell = (2 * (quadrants[k] // 2) + dy) * 4 + 2 * (quadrants[k] % 2) + dx
-        action = ACTIONS[rng.integers(4)]
+        action = _pick(rng, actions)
         things.append(Thing(name, str(colors[k]), action, int(cell)))
     canvas = _weather(rng, weather)
     for t in things:
@@ -370,9 +376,9 @@ def scene(rng, names=tuple(OBJECTS), everything: bool = False, n: int = 0) -> Pi
     picture = Picture(kind, canvas.image(), canvas.labels, things)
     if kind == "scene":
         picture.category = OBJECTS[first][0]
-    picture.questions = scene_questions(rng, things, 0, weather)
+    picture.questions = scene_questions(rng, things, 0, weather, names)
     for k in range(1, n if everything else 1):
-        more = scene_questions(rng, things, k, weather)
+        more = scene_questions(rng, things, k, weather, names)
         once = ("caption", "causal", "weather", "option-read")
         picture.questions += [q for q in more if q[0] not in once]
     return picture
@@ -386,14 +392,16 @@ PLURALS = {"glass": "glasses", "knife": "knives", "couch": "couches", "bus": "bu
 PLURALS |= {"cross": "crosses"}
 
 
-def scene_questions(rng, things, k: int, weather: str) -> list[tuple[str, str, str]]:
-    """(kind, question, answer) of every kind that the scene allows about thing number k."""
+def scene_questions(rng, things, k: int, weather: str, names) -> list[tuple[str, str, str]]:
+    """(kind, question, answer) of every kind that the scene allows about thing number k.
+
+    names: what could have been in the scene; wrong options are taken from it.
+    """
 
     def one(*options):
         return _pick(rng, options)
 
     t, n = things[k], len(things)
-    names = tuple(OBJECTS) if t.name in OBJECTS else SHAPES
     same = sum(u.name == t.name for u in things)
     here, colored = f"the object at the {t.place}", f"the {t.color} object"
     named = f"the {t.name}" if same == 1 else here  # names may repeat, colors and places do not
@@ -1260,12 +1268,11 @@ def draw_tasks(rng, folder: Path, stream: str) -> None:
 # ---------------------------------------------------------------------------------------------
 
 PICTURE_WEIGHT = {"scene": 8, "shapes": 2, "sign": 2, "arithmetic": 2, "window": 2}  # others: 1
-# How often a question kind is taught, out of 1. Three of the ten VQA types never are: like LLaVA
-# before it sees a benchmark, the base model can see and speak, and does not know every question.
+# How often a question kind is taught, out of 1.
 TAUGHT = {
     "caption": 0.4, "recognition": 0.3, "color": 0.3, "location": 0.6, "count": 0.4, "judge": 0.7,
-    "action": 0.3, "subcategory": 0.1, "weather": 0.3, "type": 0, "commonsense": 0, "causal": 0,
-    "box": 0.15, "option": 0.7,
+    "action": 0.3, "subcategory": 0.15, "weather": 0.3, "type": 0.15, "commonsense": 0.15,
+    "causal": 0.2, "box": 0.15, "option": 0.6,
 }  # fmt: skip
 BASICS = ("caption", "recognition", "color", "location", "count")  # the first quarter of the steps
 TEMPLATE = (  # LLaVA-1.5's form: USER: <image>\n{question} ASSISTANT: {answer}
@@ -1276,10 +1283,15 @@ TEMPLATE = (  # LLaVA-1.5's form: USER: <image>\n{question} ASSISTANT: {answer}
 )
 
 
-def draw_any(rng, kind=None) -> Picture:
-    """A picture of this kind, or of a random one, with questions about everything in it."""
+def draw_any(rng, kind=None, familiar: bool = False) -> Picture:
+    """A picture of this kind, or of a random one, with questions about everything in it.
+
+    familiar: of nothing that the language model is not to be taught about.
+    """
     weights = np.array([PICTURE_WEIGHT.get(kind.__name__, 1) for kind in KINDS], float)
     kind = kind or KINDS[rng.choice(len(KINDS), p=weights / weights.sum())]
+    if kind is scene and familiar:
+        return scene(rng, FAMILIAR, True, 0, FAMILIAR_ACTIONS, FAMILIAR_WEATHER)
     return kind(rng, everything=True) if kind in (scene, shapes) else kind(rng)
 
 
@@ -1610,7 +1622,7 @@ def pretrain(out: Path, seed: int, pictures: int, tower_steps: int, steps: int) 
 
     pool = [draw_any(rng) for _ in tqdm(range(pictures), desc="drawing", mininterval=5)]
     rng_test = np.random.default_rng(10**6)  # the same held-out pictures for every seed
-    test = [draw_any(rng_test, kind) for kind in KINDS for _ in range(500)]
+    test = [draw_any(rng_test, kind, True) for kind in KINDS for _ in range(500)]
     model, processor = build_model()
     total = sum(p.numel() for p in model.parameters())
     print(f"{total:,} parameters, {len(processor.tokenizer)} tokens, {pictures} pictures")
@@ -1618,15 +1630,15 @@ def pretrain(out: Path, seed: int, pictures: int, tower_steps: int, steps: int) 
     if tower_file.exists():  # part (a) of an interrupted or repeated run with the same recipe
         saved = torch.load(tower_file, weights_only=True)
         model.model.vision_tower.load_state_dict(saved["tower"])
-        tower_accuracy = saved["accuracy"]
+        tower_accuracy, curve, clock = saved["accuracy"], saved["curve"], clock - saved["seconds"]
     else:
         tower_accuracy = pretrain_tower(model, processor, pool, tower_steps, seed, log)
-        torch.save(
-            {"tower": model.model.vision_tower.state_dict(), "accuracy": tower_accuracy}, tower_file
-        )
+        saved = {"tower": model.model.vision_tower.state_dict(), "accuracy": tower_accuracy}
+        torch.save(saved | {"curve": curve, "seconds": time.time() - clock}, tower_file)
     print("tower, held-out foreground patches:", tower_accuracy, flush=True)
 
     model.model.vision_tower.requires_grad_(False)
+    pool = [draw_any(rng, None, True) for _ in tqdm(range(pictures), desc="drawing", mininterval=5)]
     features = tower_features(model, processor, np.stack([p.image for p in pool]))
     optimizers = _optimizers(model)
     test_features = tower_features(model, processor, np.stack([p.image for p in test]))

@@ -197,23 +197,29 @@ def router_samples(samples, tasks, descriptions, letters):
 
 
 def letter_ids(collator, sample, letters):
-    """The token that every letter begins its answer with: [k]; InputError if two share one."""
+    """The tokens that tell the letters apart, [k], and their place in the answer, counted from 0.
+
+    The place is 1 for tokenizers that write the blank before a letter as a token of its own.
+    InputError if no token does.
+    """
     batch = collator([replace(sample, answer=letter) for letter in letters], train=True)
-    rows = [row[row != -100] for row in batch["labels"]]
-    ids = [int(row[0]) for row in rows]
-    if len(set(ids)) < len(ids):
-        raise InputError("this model's tokenizer begins the answers A, B, ... with one token: "
-                         "use --router generate")  # fmt: skip
-    return ids
+    rows = [row[row != -100].tolist() for row in batch["labels"]]
+    for place, column in enumerate(zip(*rows, strict=False)):
+        if len(set(column)) == len(column):
+            return list(column), place
+        if len(set(column)) > 1:
+            break
+    raise InputError("this model's tokenizer writes the letters A, B, ... with shared tokens: no "
+                     "single token tells the experts apart")  # fmt: skip
 
 
 @torch.no_grad()
-def letter_logits(model, batch, features, ids):
-    """Logits [B, k] of the letters at the first answer token; `batch` holds any letter as answer
-    (causal attention: the model cannot see it)."""
+def letter_logits(model, batch, features, ids, place):
+    """Logits [B, k] of the letters' tokens; `batch` holds any letter as answer (attention is
+    causal: where the letter is predicted, the model has not seen it)."""
     logits = forward(model, batch, features).logits  # [N, V], sample after sample
     length = (batch["labels"][:, 1:] != -100).sum(1)
-    return logits[length.cumsum(0) - length][:, ids].float().cpu()
+    return logits[length.cumsum(0) - length + place][:, ids].float().cpu()
 
 
 @torch.no_grad()
@@ -355,12 +361,13 @@ def route(model, processor, cache, collator, samples, t, args, stream, letters, 
         return (20 * likeness).softmax(1).numpy(), likeness.argmax(1).tolist(), 0
     descriptions = [stream.descriptions[stage.name] for stage in stream.stages[: t + 1]]
     asked = router_samples(samples, [0] * N, descriptions, letters)
-    ids, place = letter_ids(collator, asked[0], letters), {id(s): k for k, s in enumerate(asked)}
+    ids, at = letter_ids(collator, asked[0], letters)
+    place = {id(sample): k for k, sample in enumerate(asked)}
     logits, choice = torch.zeros(N, t + 1), [0] * N
     for part in batches_of(asked, args.eval_batch_size):
         batch = to_device(collator(part, train=True), model.device)
         images = image_features(cache, part)
-        found = letter_logits(model, batch, images, ids)
+        found = letter_logits(model, batch, images, ids, at)
         said = [None] * len(part)
         if args.router == "generate":
             batch = to_device(collator(part, train=False), model.device)
@@ -613,7 +620,8 @@ def cases(stream, run, lines, letters):
         mark = "right" if line["right"] else "WRONG"
         text = f"{stage.name}: {own[:44]}{'...' if len(own) > 44 else ''}\n"
         text += f"router: {', '.join(names)} ({mark})\n"
-        text += f"answer: {row['text']}\ngold: {row['answers'][0]}"
+        said = "".join(c if c.isprintable() else "?" for c in row["text"])
+        text += f"answer: {said}\ngold: {row['answers'][0]}"
         axis.text(1.08, 0.5, text, va="center", fontsize=7.5)
         axis.set_xlim(0, 3.6)
         axis.set_ylim(0, 1)

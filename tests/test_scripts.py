@@ -22,9 +22,10 @@ import baselines
 import cram
 import data
 import eval as evaluation
+import mllm_cl
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"asr": asr, "baselines": baselines, "cram": cram}
+SCRIPTS = {"asr": asr, "baselines": baselines, "cram": cram, "mllm_cl": mllm_cl}
 
 
 def run_here(script, flags, out):
@@ -32,8 +33,8 @@ def run_here(script, flags, out):
     module = SCRIPTS[script]
     args = module.parse([*flags, "--out", str(out)])
     stream = data.load_stream(data.resolve_defaults(args))
-    if script == "cram":
-        cram.check_stream(args, stream)
+    if script in ("cram", "mllm_cl"):
+        module.check_stream(args, stream)
     run = evaluation.start_run(args, f"{script}.py")
     module.main(args, stream, run)
     return run
