@@ -7,6 +7,8 @@ asr.py's, whose run without any method it is: `diff asr.py baselines.py` shows w
     sequential  one LoRA adapter trained on stage after stage: the lower bound that a method must
                 beat; the same run as `asr.py --beta 0 --gamma 0`, bit for bit
     joint       one LoRA adapter trained on all stages at once: the upper bound, not continual
+    replay      sequential, with --buffer samples of every earlier stage mixed in: what storing a
+                little data buys
 
     python baselines.py --method sequential --stream vqacl        mini stream, tiny LLaVA: minutes
     python baselines.py --method joint --stream vqacl --data DIR --model llava-hf/llava-1.5-7b-hf
@@ -18,7 +20,9 @@ T is the number of stages, t a stage.
 
 import argparse
 import math
+import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +53,10 @@ def parse(argv=None):
     parser = argparse.ArgumentParser("baselines.py", description=__doc__.split("\n")[0])
     add_common_flags(parser)
     add = parser.add_argument_group("baseline").add_argument
-    add("--method", default="sequential", choices=["zeroshot", "sequential", "joint"],
+    add("--method", default="sequential", choices=["zeroshot", "sequential", "joint", "replay"],
         help="which row (default: sequential)")
+    add("--buffer", type=int, default=20, metavar="N",
+        help="replay: samples kept of every stage (default: 20)")
     add("--blind", action="store_true",
         help="at the end test with black images, too: what is known without looking")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
@@ -62,7 +68,7 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.save_every < 0:
         raise InputError(f"--save_every {args.save_every} must be zero or more")
-    for name in ("eval_batch_size", "max_new_tokens"):
+    for name in ("eval_batch_size", "max_new_tokens", "buffer"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name} {getattr(args, name)} must be above zero")
     if args.out is None and not args.plot:
@@ -101,6 +107,27 @@ from model import (  # noqa: E402
     set_up,
     to_device,
 )
+
+# --------------------------------------------------------------------------------------------------
+# 3. The memory: of replay
+# --------------------------------------------------------------------------------------------------
+
+
+def with_replay(stage, old, n, seed):
+    """The stage with n training samples of each stage in `old` (all, if it has fewer) mixed in.
+
+    They are drawn uniformly, the same ones whatever comes later. In vqacl they are dealt out to the
+    object groups, which are visited one after the other.
+    """
+    kept = [s for other in old for s in
+            random.Random(f"replay/{seed}/{other.name}").sample(
+                other.train, min(n, len(other.train)))]  # fmt: skip
+    places = range(len(stage.train), len(stage.train) + len(kept))
+    blocks = stage.blocks and [
+        block + list(places[k :: len(stage.blocks)]) for k, block in enumerate(stage.blocks)
+    ]
+    return replace(stage, train=stage.train + kept, blocks=blocks)
+
 
 # --------------------------------------------------------------------------------------------------
 # 5. One micro-batch
@@ -201,7 +228,10 @@ def main(args, stream, run):
     # ---- 7.4 Stage after stage ------------------------------------------------------------------
     lap("start")
     for p in range(first, len(plan)):
-        (t, stage), train = plan[p], plan[p][1].train
+        t, stage = plan[p]
+        if args.method == "replay":
+            stage = with_replay(stage, stages[:t], args.buffer, args.seed)
+        train = stage.train
 
         # a new optimizer; its learning rate falls as a cosine from lr to zero within the stage
         steps, size = [], args.batch_size

@@ -36,8 +36,10 @@ Where we differ from the paper (P) or its public code (C), and why:
  4. (P, C) Novelty is measured against a random direction, threshold tau_orth sqrt(1 - m / D_in):
     against one older expert of rank 9 a random direction has novelty > 0.99 in all cases at width
     4096 and in 1% at width 128.
- 5. (P, C) sigma is the median distance between the stages' centroids in the features in use; the
-    published 2 fits CLIP's embeddings.
+ 5. (P, C) sigma is a third of the median distance between the stages' centroids in the features in
+    use; the published 2 fits CLIP's embeddings. (With the whole median an image that lies on its
+    own centroid still gives an expert at median distance e^(-1/2) = 0.6 times the weight of its
+    own: that is nearly even.)
  6. (P, C) The default features are LLaVA's own: mean token embedding of the instruction less the
     mean of the table (all embeddings share a large part), mean tower feature of the image.
     --routing_features NAME takes a CLIP model, as published.
@@ -104,7 +106,8 @@ def parse(argv=None):
     add("--join", type=float, default=0.8, metavar="COS",
         help="the second stage joins the first if its cosine is above this (default: 0.8)")
     add("--sigma", type=float, metavar="SIGMA",
-        help="width of the RBF weights (default: median distance between centroids, ours)")
+        help="width of the RBF weights (default: a third of the median distance between "
+             "centroids, ours)")
     add("--lambda_orth", type=float, default=1.0, metavar="LAMBDA",
         help="weight of L_orth; 0: no orthogonality (default: 1)")
     add("--max_groups", type=int, metavar="G", help="(default: the number of stages)")
@@ -301,9 +304,9 @@ def route(q, group, centroids, groups, sigma):
     return logits.masked_fill(groups[None] != group[:, None], -math.inf).softmax(1)
 
 
-def median_distance(centroids):
-    """sigma: the median distance between the stages' centroids [E, c]; 1 if there is only one."""
-    return float(torch.pdist(centroids).median()) if len(centroids) > 1 else 1.0
+def default_sigma(centroids):
+    """A third of the median distance between the stages' centroids [E, c]; 1 if there is one."""
+    return float(torch.pdist(centroids).median()) / 3 if len(centroids) > 1 else 1.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -502,7 +505,7 @@ def weights_for(u, q, memory, args, own=None):
         return group, F.one_hot(torch.full((len(u),), own), len(groups)).float()
     if args.routing == "uniform":
         q = torch.full_like(q, math.nan)
-    pi = route(q, group, centroids, groups, args.sigma or median_distance(centroids))
+    pi = route(q, group, centroids, groups, args.sigma or default_sigma(centroids))
     if not args.reuse:  # one expert alone: in training its own, in tests the most likely
         best = pi.argmax(1) if own is None else torch.full((len(u),), own)
         pi = F.one_hot(best, len(groups)).float()

@@ -33,7 +33,7 @@ SEARCH, REPORT = range(5), range(5, 10)  # seeds to choose settings on, and seed
 # --------------------------------------------------------------------------------------------------
 
 SEQUENTIAL, ASR = "baselines.py --method sequential", "asr.py"
-RATES = ("1e-3", "2e-3", "4e-3", "8e-3")
+RATES = ("5e-4", "1e-3", "2e-3", "4e-3")
 
 SWEEPS = {
     # what a new user runs first
@@ -43,7 +43,7 @@ SWEEPS = {
         ["domains", "vqacl", "vqav2", "clt-vqa"],
         SEARCH,
         {
-            "sequential": f"{SEQUENTIAL} --lr 4e-3",
+            "sequential": SEQUENTIAL,
             "zeroshot": "baselines.py --method zeroshot",
             "joint": "baselines.py --method joint --blind",
         },

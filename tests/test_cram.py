@@ -136,7 +136,7 @@ def test_weights_against_numpy():
         w = np.exp(-((q[n] - c) ** 2).sum(1) / (2 * 1.3**2)) * own if n != 2 else own.astype(float)
         assert np.allclose(got[n], w / w.sum())
     pairs = [np.linalg.norm(c[i] - c[j]) for i in range(5) for j in range(i)]
-    assert np.isclose(cram.median_distance(torch.tensor(c)), np.sort(pairs)[4])
+    assert np.isclose(cram.default_sigma(torch.tensor(c)), np.sort(pairs)[4] / 3)
 
 
 def test_the_penalty_is_zero_for_orthogonal_outputs_and_spares_old_experts(tiny, samples):

@@ -119,6 +119,28 @@ def test_joint_and_zeroshot(flags, tmp_path):
     baselines.plot([run], tmp_path / "figures")
 
 
+def test_replay_keeps_a_uniform_sample(flags, tmp_path):
+    args = baselines.parse([*flags, "--method", "replay"])
+    stages = data.load_stream(data.resolve_defaults(args)).stages
+    stages[2].blocks = [[0, 1, 2], list(range(3, 12))]
+    mixed = baselines.with_replay(stages[2], stages[:2], 4, 0)
+    old = mixed.train[12:]
+    assert len(old) == 8 and [s.stage for s in old] == ["one"] * 4 + ["two"] * 4
+    assert sorted(i for block in mixed.blocks for i in block) == list(range(20))
+    assert sorted(data.train_order(mixed, 0, 0)) == list(range(20))
+    drawn = [
+        baselines.with_replay(stages[1], stages[:1], 4, seed).train[12:] for seed in range(300)
+    ]
+    count = {s.id: 0 for s in stages[0].train}
+    for samples in drawn:
+        for s in samples:
+            count[s.id] += 1
+    assert all(60 < n < 140 for n in count.values())  # 300 x 4 / 12 = 100 each
+    run = run_here("baselines", [*flags, "--method", "replay", "--buffer", "2"], tmp_path / "run")
+    steps = [json.loads(line)["stage"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [steps.count(k) for k in (1, 2, 3)] == [6, 8, 8]  # 12, 14 and 16 samples, twice, by 4
+
+
 def test_killed_and_resumed_gives_the_same_bytes(asr_run, flags, tmp_path):
     run, more = tmp_path / "killed", ["--skills", "parser", "--save_every", "2"]
     process = start("asr", [*flags, *more], run)
