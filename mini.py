@@ -1702,8 +1702,8 @@ def main() -> None:
     parser.add_argument(
         "--pictures", type=int, default=20000, help="pictures drawn for pre-training"
     )
-    parser.add_argument("--tower_steps", type=int, default=1600, help="steps of part (a)")
-    parser.add_argument("--steps", type=int, default=2200, help="steps of part (b)")
+    parser.add_argument("--tower_steps", type=int, default=2200, help="steps of part (a)")
+    parser.add_argument("--steps", type=int, default=3000, help="steps of part (b)")
     parser.add_argument(
         "--threads", type=int, default=0, help="torch threads, 0: torch's own choice"
     )
