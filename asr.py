@@ -1028,14 +1028,17 @@ def figure_9(runs, path):
     def scores(case):
         return [r.rows[case[0] if t is None else t, case[0]][case[1]]["score"] for r, t, _ in views]
 
-    # those where one is right and the other wrong come first
-    cases = sorted(cases, key=lambda case: (-abs(np.diff(scores(case))[0]), case))[:4]
+    # those where one is right and the other wrong come first, and one per stage
+    first = {}
+    for case in sorted(cases, key=lambda case: (-abs(np.diff(scores(case))[0]), case)):
+        first.setdefault(case[0], case)
+    cases = list(first.values())[:4]
     figure, axes = evaluation.new_figure(len(cases), 5, height=1.9 * len(cases))
     for row, (i, c) in zip(np.atleast_2d(axes), cases, strict=True):
         picture, extent = runs[0].seen(i, i, "picture")[c], (0, SIDE, SIDE, 0)
         row[0].imshow(picture)
         asked = runs[0].rows[i, i][c]
-        question = textwrap.shorten(question_core(asked["prompt"]), 44)
+        question = textwrap.shorten(question_core(asked["prompt"]), 66)
         question = f"{textwrap.fill(question, 22)}\n-> {asked['answers'][0][:20]}"
         row[0].set_title(question, fontsize=8)
         for (r, t, when), shown, power in zip(views, row[1::2], row[2::2], strict=True):
