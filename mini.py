@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-VERSION = 2  # bump it when any drawing changes: data.py then redraws its mini streams
+VERSION = 3  # bump it when any drawing changes: data.py then redraws its mini streams
 SIDE, PATCH = 64, 8  # picture side and patch side, pixels
 GRID = SIDE // PATCH  # 8 x 8 patches, one image token each
 ROOT = Path(__file__).resolve().parent
@@ -1016,11 +1016,10 @@ def vizwiz_caption(rng):
 
 
 def iconqa(rng):
-    picture = shapes(rng)
-    if rng.random() < 0.5:
-        question, answer = _ask(picture, "count")
-        return picture.image, f"{question}\n{NUMBER}", [answer]
-    question, answer = _choice(rng, *_ask(picture, "recognition"), SHAPES)
+    picture, kind = shapes(rng), _pick(rng, ("recognition", "count"))
+    question, answer = _choice(
+        rng, *_ask(picture, kind), SHAPES if kind == "recognition" else "1234"
+    )
     return picture.image, question, [answer]
 
 
