@@ -801,12 +801,15 @@ def group(records: dict[str, dict]) -> dict[str, list[dict]]:
     return groups
 
 
-def record_table(records, rows=None, baseline=None, seeds=None, markdown: bool = False) -> str:
+def record_table(
+    records, rows=None, baseline=None, seeds=None, markdown: bool = False, extra=None
+) -> str:
     """Mean +- std over seeds, and paired differences to a baseline with 95% t intervals.
 
     records: {name: record}. rows: {label: {flag or record key: value, ...}} says which records make
     a row; default: `group`. baseline: a label, default the first. seeds: use these, name the
-    missing. InputError if base models or streams are mixed, or a row has two records of one seed.
+    missing. extra: {head of a further column: function of a record; nan where it has none}.
+    InputError if base models or streams are mixed, or a row has two records of one seed.
     """
     for key in ("model_sha256", "stream"):
         found = sorted({str(record[key]) for record in records.values()})
@@ -833,10 +836,11 @@ def record_table(records, rows=None, baseline=None, seeds=None, markdown: bool =
                     f"row {label!r} holds seed {record['seed']} twice: tell them apart"
                 )
             numbers = {k: math.nan if v is None else v for k, v in record["metrics"].items()}
+            numbers |= {head: value(record) for head, value in (extra or {}).items()}
             unfinished = math.isnan(numbers["AP"])  # counts as missing
             if not unfinished and (seeds is None or record["seed"] in seeds):
                 cells[label][record["seed"]] = numbers
-    shown, compared = ("AP", "AF", "Avg", "BWT"), ("AP", "AF")
+    shown, compared = ("AP", "AF", "Avg", "BWT", *(extra or {})), ("AP", "AF")
     lines = [["row", "seeds", *shown, *(f"{key} - baseline [95%]" for key in compared)]]
     for label, runs in cells.items():
         missing = [str(seed) for seed in seeds or () if seed not in runs]

@@ -12,6 +12,8 @@ are printed as missing. Cells run on one thread each, --jobs of them at a time.
 """
 
 import argparse
+import math
+import re
 import shlex
 import shutil
 import subprocess
@@ -85,9 +87,72 @@ SWEEPS = {
 }
 
 
+CRAM, MR_LORA = "cram.py", "mllm_cl.py"
+SWEEPS |= {
+    # CRAM beside what it has to beat; sequential LoRA has the same layers and rank
+    "cram": (
+        ["ucit", "trigap"],
+        range(5),
+        {
+            "sequential": f"{SEQUENTIAL} --targets q,k,v,o --rank 9 --alpha 18",
+            "one LoRA a task, task known": f"{CRAM} --warmup 0 --no-reuse --routing oracle",
+            "CRAM": CRAM,
+            "CRAM, the paper's constants": f"{CRAM} --paper_constants",
+        },
+    ),
+    "cram-ablation": (
+        ["ucit", "trigap"],
+        range(3),
+        {
+            "CRAM": CRAM,
+            "one expert a task": f"{CRAM} --no-reuse",
+            "fixed rank": f"{CRAM} --fixed_rank",
+            "no orthogonality": f"{CRAM} --lambda_orth 0",
+            "no groups": f"{CRAM} --no-grouping",
+            "uniform routing": f"{CRAM} --routing uniform",
+            "oracle routing": f"{CRAM} --routing oracle",
+        },
+    ),
+    "mr-lora": (
+        ["dcl", "acl"],
+        range(5),
+        {
+            "sequential": SEQUENTIAL,
+            "zero-shot": "baselines.py --method zeroshot",
+            "replay, 20 a task": "baselines.py --method replay",
+            "joint": "baselines.py --method joint",
+            "MR-LoRA": MR_LORA,
+            "MR-LoRA, generate": f"{MR_LORA} --router generate",
+            "MR-LoRA, prototype": f"{MR_LORA} --router prototype",
+            "MR-LoRA, oracle": f"{MR_LORA} --router oracle",
+        },
+    ),
+}
+
+
+def _last(record, key):
+    return record[key][-1] if key in record else math.nan
+
+
+EXTRA = {  # sweep -> {head of a further column: function of a record}
+    name: {
+        "right group (%)": lambda r: r.get("routing_accuracy", {}).get("group", math.nan),
+        "right expert (%)": lambda r: r.get("routing_accuracy", {}).get("expert", math.nan),
+        "stored (1000)": lambda r: _last(r, "stored_parameters") / 1e3,
+    }
+    for name in ("cram", "cram-ablation")
+}
+EXTRA["mr-lora"] = {
+    "MFT": lambda r: r["metrics"]["MFT"] if r["metrics"]["MFT"] is not None else math.nan,
+    "routed right (%)": lambda r: _last(r, "routing_accuracy"),
+    "answers": lambda r: r.get("cost", {}).get("generations", math.nan),
+    "seconds": lambda r: r["seconds"],
+}
+
+
 def file_name(label: str) -> str:
     """The label as it stands in the names of files."""
-    return label.replace(",", "").replace("=", "").replace("  ", " ").replace(" ", "_")
+    return re.sub(r"\s+", "_", re.sub(r"[,=']", "", label))
 
 
 def cells(name: str):
@@ -143,7 +208,9 @@ def sweep_table(name: str, markdown: bool) -> str:
         if found:
             wanted = {label: {"label": file_name(label)} for label in rows}
             first = next(iter(rows))
-            table = evaluation.record_table(found, wanted, first, list(seeds), markdown)
+            table = evaluation.record_table(
+                found, wanted, first, list(seeds), markdown, EXTRA.get(name)
+            )
         parts.append(f"`--stream {stream}`, {name}, seeds {seeds[0]} to {seeds[-1]}:\n\n{table}")
     return "\n\n".join(parts)
 
