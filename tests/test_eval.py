@@ -89,7 +89,7 @@ def test_exact_match_and_score():
 def test_evaluate_batches_by_length_and_keeps_the_order():
     questions = ["short", "the longest question", "a longer one", "mid one"]
     samples = [
-        SimpleNamespace(id=str(k), question=q, answers=(q,), skill="read")
+        SimpleNamespace(id=str(k), question=q, answers=(q,), skill="read", image=None)
         for k, q in enumerate(questions)
     ]
     batches = []
@@ -104,7 +104,7 @@ def test_evaluate_batches_by_length_and_keeps_the_order():
     assert [row["score"] for row in rows] == [1, 1, 0, 1] and ev.accuracy(rows) == 75
     assert rows[2] == {
         **{"question_id": "2", "prompt": "a longer one", "text": "wrong", "score": 0.0},
-        **{"answers": ["a longer one"], "skill": "read"},
+        **{"answers": ["a longer one"], "skill": "read", "image": None},
     }
     with pytest.raises(InputError, match="test set empty"):
         ev.accuracy([])
