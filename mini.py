@@ -28,7 +28,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -986,6 +986,17 @@ def _choice(rng, question: str, answer: str, others) -> tuple[str, str]:
     return f"{question} {_listed(options)}\n{LETTER}", _letter(options, answer)
 
 
+def _asked(draw, *kinds: str, ending: str = ""):
+    """An example function: a picture by `draw` with a question of one of these kinds."""
+
+    def example(rng):
+        picture = draw(rng)
+        question, answer = _ask(picture, _pick(rng, kinds) if len(kinds) > 1 else kinds[0])
+        return picture.image, f"{question}{ending}", [answer]
+
+    return example
+
+
 def imagenet(rng):
     picture = scene(rng, n=1)
     return picture.image, f"what is the object?\n{WORD}", [picture.things[0].name]
@@ -1010,7 +1021,7 @@ def arxivqa(rng):
 def vizwiz_caption(rng):
     """What stands on a sign, on a noisy photo."""
     picture = sign(rng)
-    (question, line), kind = _ask(picture, "read"), "word"
+    question, line = _ask(picture, "read")
     color = question.split()[5]
     kind = "number" if line.isdigit() else "word"
     said = [f"a {color} sign with the {kind} {line}", f"the {kind} {line} on a {color} sign"]
@@ -1047,75 +1058,9 @@ def pmcvqa(rng):
     return picture.image, question, [answer]
 
 
-def docvqa(rng):
-    picture = sign(rng)
-    question, answer = _ask(picture, "read")
-    return picture.image, f"{question}\n{WORD}", [answer]
-
-
-def chartqa(rng):
-    picture = bars(rng)
-    question, answer = _ask(picture, "bar-value")
-    return picture.image, f"{question}\n{NUMBER}", [answer]
-
-
-def infographicvqa(rng):
-    picture = window(rng)
-    question, answer = _ask(picture, "button-text")
-    return picture.image, f"{question}\n{WORD}", [answer]
-
-
-def roadside(rng):
-    picture = road(rng)
-    question, answer = _ask(picture, _pick(rng, ("drive", "walker", "car-side")))
-    return picture.image, f"{question}\n{WORD}", [answer]
-
-
-def chemvqa(rng):
-    picture = diagram(rng)
-    question, answer = _ask(picture, _pick(rng, ("node-shape", "node-color")))
-    return picture.image, f"{question}\n{WORD}", [answer]
-
-
-def floodnetvqa(rng):
-    picture = aerial(rng)
-    question, answer = _ask(picture, _pick(rng, ("land", "house-count", "land-judge")))
-    return picture.image, f"{question}\n{WORD}", [answer]
-
-
-def clevr(rng):
-    picture = shapes(rng)
-    question, answer = _ask(picture, _pick(rng, ("color", "count", "judge")))
-    return picture.image, f"{question}\n{WORD}", [answer]
-
-
 def scienceqa(rng):
     picture = diagram(rng)
     question, answer = _choice(rng, *_ask(picture, "node-shape"), SHAPES)
-    return picture.image, question, [answer]
-
-
-def remote_sensing(rng):
-    picture = aerial(rng)
-    question, answer = _ask(picture, _pick(rng, ("land", "house-count", "land-judge")))
-    return picture.image, question, [answer]
-
-
-def medical(rng):
-    picture = slide(rng)
-    question, answer = _ask(picture, _pick(rng, ("cell-count", "cell-sick", "tumor", "stain")))
-    return picture.image, question, [answer]
-
-
-def driving(rng):
-    picture = road(rng)
-    question, answer = _ask(picture, _pick(rng, ("drive", "light", "car-side", "walker")))
-    return picture.image, question, [answer]
-
-
-def science(rng):
-    picture = diagram(rng)
-    question, answer = _ask(picture, _pick(rng, ("node-shape", "node-color", "turn")))
     return picture.image, question, [answer]
 
 
@@ -1170,12 +1115,6 @@ def textvqa(rng):
     return picture.image, f"{question}\n{WORD}", _annotators(rng, "read", answer, WORDS)
 
 
-def gqa(rng):
-    picture = scene(rng)
-    question, answer = _ask(picture, _pick(rng, ("judge", "location", "color")))
-    return picture.image, f"{question}\n{WORD}", [answer]
-
-
 def vizwiz(rng):
     """Questions of a blind person about a noisy photo."""
     picture = scene(rng)
@@ -1196,31 +1135,47 @@ def vqav2(rng):
     return picture.image, f"{question}\n{WORD}", [answer]
 
 
-def ocrvqa(rng):
-    picture = window(rng)
-    question, answer = _ask(picture, _pick(rng, ("button-text", "button-color")))
-    return picture.image, f"{question}\n{WORD}", [answer]
-
-
+_word, _number = partial(_asked, ending=f"\n{WORD}"), partial(_asked, ending=f"\n{NUMBER}")
 TASKS = {
     "ucit": {
-        "ImageNet-R": imagenet_r, "ArxivQA": arxivqa, "VizWiz": vizwiz_caption, "IconQA": iconqa,
-        "CLEVR": clevr_math, "Flickr30k": flickr30k,
+        "ImageNet-R": imagenet_r,
+        "ArxivQA": arxivqa,
+        "VizWiz": vizwiz_caption,
+        "IconQA": iconqa,
+        "CLEVR": clevr_math,
+        "Flickr30k": flickr30k,
     },
     "trigap": {
-        "PMCVQA": pmcvqa, "DocVQA": docvqa, "ChartQA": chartqa, "IconQA": iconqa,
-        "InfographicVQA": infographicvqa, "ArxivQA": arxivqa, "Roadside": roadside,
-        "ChemVQA": chemvqa, "FloodNetVQA": floodnetvqa, "CLEVR": clevr,
+        "PMCVQA": pmcvqa,
+        "DocVQA": _word(sign, "read"),
+        "ChartQA": _number(bars, "bar-value"),
+        "IconQA": iconqa,
+        "InfographicVQA": _word(window, "button-text"),
+        "ArxivQA": arxivqa,
+        "Roadside": _word(road, "drive", "walker", "car-side"),
+        "ChemVQA": _word(diagram, "node-shape", "node-color"),
+        "FloodNetVQA": _word(aerial, "land", "house-count", "land-judge"),
+        "CLEVR": _word(shapes, "color", "count", "judge"),
     },
     "coin": {
-        "ScienceQA": scienceqa, "TextVQA": textvqa, "ImageNet": imagenet, "GQA": gqa,
-        "VizWiz": vizwiz, "Grounding": grounding, "VQAv2": vqav2, "OCRVQA": ocrvqa,
+        "ScienceQA": scienceqa,
+        "TextVQA": textvqa,
+        "ImageNet": imagenet,
+        "GQA": _word(scene, "judge", "location", "color"),
+        "VizWiz": vizwiz,
+        "Grounding": grounding,
+        "VQAv2": vqav2,
+        "OCRVQA": _word(window, "button-text", "button-color"),
     },
     "dcl": {
-        "RS": remote_sensing, "Med": medical, "AD": driving, "Sci": science, "Fin": finance,
+        "RS": _asked(aerial, "land", "house-count", "land-judge"),
+        "Med": _asked(slide, "cell-count", "cell-sick", "tumor", "stain"),
+        "AD": _asked(road, "drive", "light", "car-side", "walker"),
+        "Sci": _asked(diagram, "node-shape", "node-color", "turn"),
+        "Fin": finance,
     },
     "acl": {"OCR": reading, "Math": calculating, "VP": counting, "APP": screens},
-}  # fmt: skip
+}
 TASK_SIZE = {"train": 600, "test": 120}
 
 

@@ -1,14 +1,12 @@
 """CRAM: routing, ranks, isolation of the experts, and whole runs."""
 
 import json
-import signal
-import time
 import types
 
 import numpy as np
 import pytest
 import torch
-from test_scripts import run_here, start
+from test_scripts import kill_after, run_here
 
 import cram
 import data
@@ -211,15 +209,7 @@ def test_old_experts_do_not_change_by_a_bit(cram_run, flags, tmp_path):
 @pytest.mark.parametrize("lines", [8, 12])  # killed in the buffer, and in the stable phase
 def test_killed_and_resumed_gives_the_same_bytes(lines, cram_run, flags, tmp_path):
     run, more = tmp_path / "killed", ["--warmup", "0.5", "--save_every", "1"]
-    process = start("cram", [*flags, *more], run)
-    metrics = run / "metrics.jsonl"
-    while process.poll() is None and (
-        not metrics.exists() or metrics.read_bytes().count(b"\n") < lines
-    ):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (run / "summary.json").exists()
+    kill_after(lines, "cram", [*flags, *more], run)
     run_here("cram", [*flags, *more, "--resume"], run)
     (files, kept), (wanted_files, wanted) = results(run), results(cram_run)
     assert files == wanted_files

@@ -2,15 +2,13 @@
 
 import json
 import re
-import signal
-import time
 import types
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_scripts import run_here, start
+from test_scripts import kill_after, run_here
 
 import data
 import eval as evaluation
@@ -133,15 +131,7 @@ def test_texts_of_the_generating_router(text, wanted, monkeypatch, tiny, samples
 @pytest.mark.parametrize("lines", [9, 14])  # killed in an expert, and in the router of stage 2
 def test_killed_and_resumed_gives_the_same_bytes(lines, mllm_run, flags, tmp_path):
     run, more = tmp_path / "killed", ["--save_every", "1"]
-    process = start("mllm_cl", [*flags, *more], run)
-    metrics = run / "metrics.jsonl"
-    while process.poll() is None and (
-        not metrics.exists() or metrics.read_bytes().count(b"\n") < lines
-    ):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (run / "summary.json").exists()
+    kill_after(lines, "mllm_cl", [*flags, *more], run)
     run_here("mllm_cl", [*flags, *more, "--resume"], run)
     assert results(run) == results(mllm_run)
 

@@ -48,6 +48,19 @@ def start(script, flags, out, **kwargs):
     return subprocess.Popen(command, cwd=ROOT, env=env, **pipes, **kwargs)
 
 
+def kill_after(lines, script, flags, run):
+    """Start a run, kill it when it has logged so many steps; returns its metrics.jsonl."""
+    process, metrics = start(script, flags, run), run / "metrics.jsonl"
+    while process.poll() is None and (
+        not metrics.exists() or metrics.read_bytes().count(b"\n") < lines
+    ):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (run / "summary.json").exists()
+    return metrics
+
+
 def results(run):
     """Everything of a run that must not depend on when, where or how often it was started."""
     files = ["matrix.json", "lora/adapter_model.safetensors"]
@@ -143,15 +156,7 @@ def test_replay_keeps_a_uniform_sample(flags, tmp_path):
 
 def test_killed_and_resumed_gives_the_same_bytes(asr_run, flags, tmp_path):
     run, more = tmp_path / "killed", ["--skills", "parser", "--save_every", "2"]
-    process = start("asr", [*flags, *more], run)
-    metrics = run / "metrics.jsonl"
-    while process.poll() is None and (
-        not metrics.exists() or metrics.read_bytes().count(b"\n") < 9
-    ):
-        time.sleep(0.005)  # nine lines: stage 2, past its first checkpoint
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (run / "summary.json").exists()
+    metrics = kill_after(9, "asr", [*flags, *more], run)  # stage 2, past its first checkpoint
     state = torch.load(run / "checkpoint" / "state.pt", weights_only=True)
     assert state["stage"] == 1 and state["unfinished"]["steps"] >= 2
     with open(metrics, "a") as file:
