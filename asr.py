@@ -78,6 +78,7 @@ from data import (
     load_stream,
     pad_square,
     resolve_defaults,
+    schedule,
     show_sample,
     train_order,
 )
@@ -710,7 +711,7 @@ def main(args, stream, run):
             reference = reference_embeddings(model, train, in_order, collate)
             lap("reference")
 
-        # a new optimizer; its learning rate falls as a cosine from lr to zero within the stage
+        # a new optimizer, whose learning rate rises to lr and falls to zero within the stage
         optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01)
         orders = [train_order(stage, args.seed, e, args.epochs) for e in range(args.epochs)]
         size = args.batch_size
@@ -727,7 +728,7 @@ def main(args, stream, run):
         title = f"stage {t + 1}/{T} {stage.name}"
         bar = tqdm(range(begin, len(steps)), title, len(steps), initial=begin, disable=None)
         for k in bar:
-            lr = args.lr * 0.5 * (1 + math.cos(math.pi * k / len(steps)))
+            lr = args.lr * schedule(k, len(steps), args.warm_up)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
             parts = [steps[k][m : m + micro] for m in range(0, len(steps[k]), micro)]

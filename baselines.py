@@ -38,6 +38,7 @@ from data import (
     fail,
     load_stream,
     resolve_defaults,
+    schedule,
     show_sample,
     train_order,
 )
@@ -233,7 +234,7 @@ def main(args, stream, run):
             stage = with_replay(stage, stages[:t], args.buffer, args.seed)
         train = stage.train
 
-        # a new optimizer; its learning rate falls as a cosine from lr to zero within the stage
+        # a new optimizer, whose learning rate rises to lr and falls to zero within the stage
         steps, size = [], args.batch_size
         if train:
             optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01)
@@ -249,7 +250,7 @@ def main(args, stream, run):
         title = f"stage {p + 1}/{len(plan)} {stage.name}"
         bar = tqdm(range(begin, len(steps)), title, len(steps), initial=begin, disable=None)
         for k in bar:
-            lr = args.lr * 0.5 * (1 + math.cos(math.pi * k / len(steps)))
+            lr = args.lr * schedule(k, len(steps), args.warm_up)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
             parts = [steps[k][m : m + micro] for m in range(0, len(steps[k]), micro)]

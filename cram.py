@@ -72,6 +72,7 @@ from data import (
     load_image,
     load_stream,
     resolve_defaults,
+    schedule,
     show_sample,
     train_order,
 )
@@ -672,7 +673,7 @@ def main(args, stream, run):
                 parameters = [p for pair in pairs for p in pair]
                 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01)
             routing.buffer = k < warm
-            lr = args.lr * 0.5 * (1 + math.cos(math.pi * k / len(steps)))
+            lr = args.lr * schedule(k, len(steps), args.warm_up)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
             parts = [steps[k][m : m + micro] for m in range(0, len(steps[k]), micro)]

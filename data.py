@@ -131,8 +131,9 @@ SHORT = "Answer the question using a single word or phrase."
 
 # Training defaults shared by all streams; rows of the table below override them. 7B values: ASR's
 # setting. Tiny values: chosen by experiment on the mini streams.
-REAL = {"lr": 2e-4, "epochs": 1, "batch_size": 16, "accumulate": 1}
-TINY = {"lr": 5e-4, "epochs": 1, "batch_size": 16, "accumulate": 1}
+REAL = {"lr": 2e-4, "warm_up": 0.03, "epochs": 1, "batch_size": 16, "accumulate": 1}
+TINY = {"lr": 1e-3, "warm_up": 0.1, "epochs": 1, "batch_size": 16, "accumulate": 1}
+TINY |= {"targets": "q,k,v,o,gate,up,down"}
 LORA = {"rank": 16, "alpha": 32.0, "dropout": 0.05, "targets": "q,v,projector"}
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "projector")
 
@@ -167,14 +168,14 @@ STREAMS = {
     "vqacl": Row(
         QUESTION_TYPES,
         **_VQA,
-        real={"lr": 1e-4, "epochs": 3, "batch_size": 80, "accumulate": 5},
+        real={"lr": 1e-4, "warm_up": 0.1, "epochs": 3, "batch_size": 80, "accumulate": 5},
         tiny={},
         extras={"object_groups": "paper", "hold_out": None},
     ),
     "vqav2": Row(QUESTION_TYPES, **_VQA, tiny={}),
     # The paper's own cut of the tail is not public: an exponential profile of this ratio instead.
     "clt-vqa": Row(QUESTION_TYPES, **_VQA, tiny={}, extras={"imbalance": 10.0}),
-    "domains": Row("plain negative recolored noise mosaic".split(), tiny={}),
+    "domains": Row("plain negative recolored noise mosaic".split(), tiny={"lr": 2e-3}),
 }
 
 _PRISM = {"folders": ("instructions", ""), "images": "datasets"}
@@ -681,6 +682,15 @@ def train_order(stage: Stage, seed: int, epoch: int, epochs: int = 1) -> list[in
     return sequence[epoch * n : (epoch + 1) * n]
 
 
+def schedule(k: int, n: int, warm_up: float) -> float:
+    """Factor of the learning rate in step k of a stage's n: rises over the first warm_up n steps,
+    as each stage has a fresh AdamW, whose first steps are its worst; then a cosine to zero."""
+    first = round(warm_up * n)
+    if k < first:
+        return (k + 1) / first
+    return 0.5 * (1 + math.cos(math.pi * (k - first) / (n - first)))
+
+
 # --------------------------------------------------------------------------------------------------
 # 4. Flags that all scripts share
 # --------------------------------------------------------------------------------------------------
@@ -717,6 +727,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=int, metavar="E", help="passes over a stage (default: 1; 7B on vqacl 3)")
     add("--lr", type=float, metavar="ETA", help="peak learning rate eta of AdamW, cosine per stage "
         "(default: 2e-4, vqacl 1e-4; tiny model: by stream)")
+    add("--warm_up", type=float, metavar="W", help="share of a stage's steps in which the learning "
+        "rate rises to eta (default: 0.03, vqacl 0.1; tiny model 0.1)")
     add("--batch_size", type=int, metavar="B",
         help="samples per optimizer step (default: 16, vqacl 80; tiny model 16)")
     add("--accumulate", type=int, metavar="N",
@@ -725,7 +737,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--alpha", type=float, help="LoRA alpha in W + (alpha / r) B A (default: 32)")
     add("--dropout", type=float, metavar="P", help="before LoRA's A (default: 0.05)")
     add("--targets", metavar="A,B,..",
-        help=f"layers with LoRA, of {','.join(TARGETS)} (default: {LORA['targets']})")
+        help=f"layers with LoRA, of {','.join(TARGETS)} (default: {LORA['targets']}; tiny "
+        "model: all but the projector)")
     add("--device", default="auto", help="auto, cpu or cuda[:N] (default: auto, cuda if present)")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
         help="of the frozen weights (default: auto, bf16 on cuda, else fp32)")
@@ -789,6 +802,8 @@ def check_args(args) -> None:
             raise InputError(f"--{key} {value} must be above zero")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise InputError(f"--dropout {args.dropout} must lie in 0 <= P < 1")
+    if args.warm_up is not None and not 0 <= args.warm_up < 1:
+        raise InputError(f"--warm_up {args.warm_up} must lie in 0 <= W < 1")
     if args.imbalance is not None and not 1 <= args.imbalance < math.inf:
         raise InputError(f"--imbalance {args.imbalance} must be 1 or more (1 cuts nothing)")
     if args.threads < 0:

@@ -62,6 +62,7 @@ from data import (
     load_stream,
     pad_square,
     resolve_defaults,
+    schedule,
     show_sample,
     text_width,
     train_order,
@@ -270,12 +271,14 @@ def backward(model, batch, features, share):
 # --------------------------------------------------------------------------------------------------
 
 
-def train(model, parameters, samples, steps, micro, lr, collate, log, save, title, resumed=None):
+def train(model, parameters, samples, steps, micro, rate, collate, log, save, title, resumed=None):
     """Train the active adapter's `parameters` on `steps`, lists of indices of `samples`.
 
-    resumed: {"steps", "optimizer"} of an interrupted training. save(steps, optimizer) is called
-    after every step, log(line) too. InputError if the loss is not finite.
+    rate: (lr, warm_up). resumed: {"steps", "optimizer"} of an interrupted training.
+    save(steps, optimizer) is called after every step, log(line) too. InputError if the loss is
+    not finite.
     """
+    lr, warm_up = rate
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     begin = 0
     if resumed:
@@ -284,7 +287,7 @@ def train(model, parameters, samples, steps, micro, lr, collate, log, save, titl
     model.train()
     bar = tqdm(range(begin, len(steps)), title, len(steps), initial=begin, disable=None)
     for k in bar:
-        now = lr * 0.5 * (1 + math.cos(math.pi * k / len(steps)))
+        now = lr * schedule(k, len(steps), warm_up)
         optimizer.param_groups[0]["lr"] = now
         optimizer.zero_grad()
         parts = [steps[k][m : m + micro] for m in range(0, len(steps[k]), micro)]
@@ -479,7 +482,8 @@ def main(args, stream, run):
                 )
 
         title = f"stage {t + 1}/{T} {stage.name} {phase}"
-        train(model, parameters, samples, steps, micro, lr, collate, log, save, title, resumed)
+        rate = lr, args.warm_up
+        train(model, parameters, samples, steps, micro, rate, collate, log, save, title, resumed)
         lap(phase)
 
     # ---- 7.4 Stage after stage ------------------------------------------------------------------

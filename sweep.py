@@ -35,7 +35,7 @@ SEARCH, REPORT = range(5), range(5, 10)  # seeds to choose settings on, and seed
 # --------------------------------------------------------------------------------------------------
 
 SEQUENTIAL, ASR = "baselines.py --method sequential", "asr.py"
-RATES = ("5e-4", "1e-3", "2e-3", "4e-3")
+RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")
 
 SWEEPS = {
     # what a new user runs first

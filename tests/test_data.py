@@ -610,6 +610,13 @@ def test_broken_image(tmp_path, content):
         data.load_image(tmp_path / "gone.png")
 
 
+def test_schedule_rises_once_then_falls_to_zero():
+    rates = [data.schedule(k, 50, 0.1) for k in range(50)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1]) and rates[5] == 1
+    assert rates[5:] == sorted(rates[5:], reverse=True) and 0 < rates[-1] < 0.01
+    assert data.schedule(0, 1, 0.1) == data.schedule(0, 50, 0.0) == 1
+
+
 # --------------------------------------------------------------------------------------------------
 # Flags
 # --------------------------------------------------------------------------------------------------
@@ -621,7 +628,7 @@ def test_defaults_follow_stream_and_model(model_folder, capsys):
     chosen = (args.lr, args.epochs, args.batch_size, args.rank, args.alpha, args.dropout)
     assert chosen == (1e-4, 3, 80, 16, 32, 0.05) and args.targets == "q,v,projector"
     assert args.object_groups == "paper" and args.imbalance is None and args.hold_out is None
-    assert "lr 0.0001, epochs 3, batch_size 80" in capsys.readouterr().out
+    assert "lr 0.0001, warm_up 0.1, epochs 3, batch_size 80" in capsys.readouterr().out
     args = data.resolve_defaults(flags("--stream", "vqav2", "--model", large, "--batch_size", 4))
     assert (args.lr, args.epochs, args.batch_size, args.object_groups) == (2e-4, 1, 4, None)
     for stream in data.STREAMS:
@@ -675,6 +682,7 @@ BAD_FLAGS = [
     ("--lr nan", "--lr nan must be above zero"),
     ("--lr inf", "above zero"),
     ("--dropout 1", "0 <= P < 1"),
+    ("--warm_up 1", "0 <= W < 1"),
     ("--threads -1", "--threads -1"),
     ("--device gpu", "--device 'gpu'"),
     ("--targets q,x", "--targets has 'x'"),
