@@ -819,8 +819,9 @@ def main(args, stream, run):
 # Each (test set, skill) is followed from the stage that taught it to the end. "Forgotten" is its
 # accuracy then minus its accuracy later. Figures with room for two runs take the first two.
 
-COMPARED = """stream lr epochs targets beta gamma lambda_ang tau weight skills posterior renormalize
-    parser_temperature descriptor spectrum prototypes tau_skill ema layers bins""".split()
+COMPARED = """stream lr warm_up epochs targets beta gamma lambda_ang tau weight skills posterior
+    renormalize parser_temperature descriptor spectrum prototypes tau_skill ema layers
+    bins""".split()
 
 
 # fmt: off

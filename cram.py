@@ -94,7 +94,7 @@ def parse(argv=None):
         help="what is routed by: llava, the model's own frozen features, or the folder or hub id "
              "of a CLIP model (default: llava, ours)")
     add("--buffer_rank", type=int, default=48, metavar="R", help="of the warm-up (default: 48)")
-    add("--warmup", type=float, default=0.05, metavar="SHARE",
+    add("--buffer_share", type=float, default=0.05, metavar="SHARE",
         help="of a stage's steps in the buffer, at least 16 steps; 0: no buffer, the expert is a "
              "fresh LoRA of rank r_max (default: 0.05)")
     add("--r_min", type=int, default=4, help="least rank of an expert in a layer (default: 4)")
@@ -131,7 +131,7 @@ def parse(argv=None):
     add("--save_every", type=int, default=100, metavar="N",
         help="checkpoint every N steps inside a stage too; 0: after stages only (default: 100)")
     args = parser.parse_args(argv)
-    for name in ("warmup", "tau_alloc", "tau_orth", "theta", "lambda_orth", "save_every"):
+    for name in ("buffer_share", "tau_alloc", "tau_orth", "theta", "lambda_orth", "save_every"):
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)} must be zero or more")
     above_zero = "buffer_rank r_min sigma max_groups max_experts eval_batch_size max_new_tokens"
@@ -641,7 +641,7 @@ def main(args, stream, run):
         size = args.batch_size
         steps = [order[k : k + size] for order in orders for k in range(0, len(order), size)]
         least = 1 if args.paper_constants else 16
-        warm = max(math.ceil(args.warmup * len(steps)), least) if args.warmup else 0
+        warm = max(math.ceil(args.buffer_share * len(steps)), least) if args.buffer_share else 0
         warm = min(warm, len(steps) - 1)
         begin = 0
         if unfinished:

@@ -65,8 +65,27 @@ SWEEPS = {
             "stream": f"{ASR} --gamma 0 --skills stream",
             "parser": f"{ASR} --gamma 0 --skills parser",
             "shared": f"{ASR} --gamma 0 --skills shared",
-            "stream, w = 1": f"{ASR} --gamma 0 --skills stream --tau inf",
-            "stream, beta 2": f"{ASR} --gamma 0 --skills stream --beta 2",
+            "stream, beta 5": f"{ASR} --gamma 0 --skills stream --beta 5",
+            "stream, beta 5, w = 1": f"{ASR} --gamma 0 --skills stream --beta 5 --tau inf",
+        },
+    ),
+    # the same with the paper's LoRA targets, and at twice the learning rate, where drift is larger
+    "search-targets": (
+        ["domains", "vqacl"],
+        SEARCH,
+        {
+            "sequential": f"{SEQUENTIAL} --targets q,v,projector",
+            "stream": f"{ASR} --gamma 0 --targets q,v,projector",
+            "stream, beta 5": f"{ASR} --gamma 0 --beta 5 --targets q,v,projector",
+        },
+    ),
+    "search-rate": (
+        ["domains", "vqacl"],
+        SEARCH,
+        {
+            "sequential": f"{SEQUENTIAL} --lr 4e-3",
+            "stream": f"{ASR} --gamma 0 --lr 4e-3",
+            "stream, beta 5": f"{ASR} --gamma 0 --beta 5 --lr 4e-3",
         },
     ),
     # the four rows of the paper's ablation, for every kind of skills, on seeds not used before
@@ -95,7 +114,7 @@ SWEEPS |= {
         range(5),
         {
             "sequential": f"{SEQUENTIAL} --targets q,k,v,o --rank 9 --alpha 18",
-            "one LoRA a task, task known": f"{CRAM} --warmup 0 --no-reuse --routing oracle",
+            "one LoRA a task, task known": f"{CRAM} --buffer_share 0 --no-reuse --routing oracle",
             "CRAM": CRAM,
             "CRAM, the paper's constants": f"{CRAM} --paper_constants",
         },

@@ -176,7 +176,9 @@ def results(run):
 
 @pytest.fixture(scope="module")
 def cram_run(flags, tmp_path_factory):
-    return run_here("cram", [*flags, "--warmup", "0.5"], tmp_path_factory.mktemp("run") / "cram")
+    return run_here(
+        "cram", [*flags, "--buffer_share", "0.5"], tmp_path_factory.mktemp("run") / "cram"
+    )
 
 
 def test_a_run_leaves_its_records_and_figures(cram_run):
@@ -198,7 +200,9 @@ def test_a_run_leaves_its_records_and_figures(cram_run):
 
 def test_old_experts_do_not_change_by_a_bit(cram_run, flags, tmp_path):
     """A run over the first stage alone leaves the expert that the longer run still holds."""
-    short = run_here("cram", [*flags, "--warmup", "0.5", "--order", "one"], tmp_path / "short")
+    short = run_here(
+        "cram", [*flags, "--buffer_share", "0.5", "--order", "one"], tmp_path / "short"
+    )
     long, first = results(cram_run)[1]["experts"], results(short)[1]["experts"]
     for path, layer in first.items():
         own = long[path]["owner"] == 0
@@ -208,7 +212,7 @@ def test_old_experts_do_not_change_by_a_bit(cram_run, flags, tmp_path):
 
 @pytest.mark.parametrize("lines", [8, 12])  # killed in the buffer, and in the stable phase
 def test_killed_and_resumed_gives_the_same_bytes(lines, cram_run, flags, tmp_path):
-    run, more = tmp_path / "killed", ["--warmup", "0.5", "--save_every", "1"]
+    run, more = tmp_path / "killed", ["--buffer_share", "0.5", "--save_every", "1"]
     kill_after(lines, "cram", [*flags, *more], run)
     run_here("cram", [*flags, *more, "--resume"], run)
     (files, kept), (wanted_files, wanted) = results(run), results(cram_run)
@@ -222,7 +226,7 @@ def test_killed_and_resumed_gives_the_same_bytes(lines, cram_run, flags, tmp_pat
     [
         "--no-reuse",
         "--no-grouping --routing uniform",
-        "--routing oracle --warmup 0",
+        "--routing oracle --buffer_share 0",
         "--paper_constants --fixed_rank",
         "--gradient_checkpointing --dtype bf16 --lambda_orth 0",
     ],
