@@ -608,10 +608,11 @@ def cases(stream, run, lines, letters):
     for i, stage in enumerate(stream.stages):
         own = [line for line in end if line["task"] == i + 1]
         place = sorted(range(len(own)), key=lambda k: own[k]["right"])[:1] + [len(own) - 1]
-        rows = evaluation.read_json(evaluation.predictions_file(run, T - 1, i), lines=True)
-        chosen += [(stage, stage.test[k], own[k], rows[k]) for k in dict.fromkeys(place)]
+        said = evaluation.read_json(evaluation.predictions_file(run, T - 1, i), lines=True)
+        chosen += [(stage, stage.test[k], own[k], said[k]) for k in dict.fromkeys(place)]
     chosen = chosen[:10]
-    figure, axes = evaluation.new_figure(math.ceil(len(chosen) / 2), 2, height=1.35 * len(chosen))
+    rows = math.ceil(len(chosen) / 2)
+    figure, axes = evaluation.new_figure(rows, 2, height=0.4 + rows)
     for axis in np.ravel(axes):
         axis.axis("off")
     for axis, (stage, sample, line, row) in zip(np.ravel(axes), chosen, strict=False):
@@ -634,22 +635,29 @@ def cases(stream, run, lines, letters):
 
 
 def figure_confusion(record, path):
-    """Who was sent where, at the last stage: rows tasks, columns experts, in percent."""
-    confusion = np.array(record["confusion"])[-1]
-    share = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    figure, axis = evaluation.new_figure(height=1.8 + 0.45 * len(share))
-    image = axis.imshow(share, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    for i, k in np.ndindex(share.shape):
-        ink = "white" if share[i, k] < 45 else "black"
-        axis.text(k, i, f"{share[i, k]:.0f}", ha="center", va="center", color=ink, fontsize=9)
-    axis.set_xticks(range(len(share)), record["stages"])
-    axis.set_yticks(range(len(share)), record["stages"])
-    axis.set_xlabel("expert that answered")
-    axis.set_ylabel("task of the question")
-    accuracy = record["routing_accuracy"]
-    stages = ", ".join(f"{value:.1f}" for value in accuracy)
-    axis.set_title(f"Router {record['args']['router']}: right (%) after each stage {stages}")
-    figure.colorbar(image, ax=axis, label="share (%)")
+    """Who was sent where, after each of the last four stages: rows tasks, columns experts, in %."""
+    stages, last = record["stages"], min(4, max(len(record["stages"]) - 1, 1))
+    columns = min(last, 2)
+    rows = math.ceil(last / columns)
+    height = 0.6 + rows * (1.2 + 0.3 * len(stages))
+    figure, axes = evaluation.new_figure(rows, columns, height=height)
+    for axis in np.ravel(axes):
+        axis.set_axis_off()
+    for t, axis in zip(range(len(stages) - last, len(stages)), np.ravel(axes), strict=False):
+        confusion = np.array(record["confusion"])[t, : t + 1, : t + 1]
+        share = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+        axis.set_axis_on()
+        axis.imshow(share, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        for i, k in np.ndindex(share.shape):
+            ink = "white" if share[i, k] < 45 else "black"
+            axis.text(k, i, f"{share[i, k]:.0f}", ha="center", va="center", color=ink, fontsize=9)
+        axis.set_xticks(range(t + 1), stages[: t + 1])
+        axis.set_yticks(range(t + 1), stages[: t + 1])
+        right = record["routing_accuracy"][t]
+        axis.set_title(f"after {stages[t]}: {right:.1f}% routed right", fontsize=10)
+    figure.supxlabel("expert that answered", fontsize=9)
+    figure.supylabel("task of the question", fontsize=9)
+    figure.suptitle(f"Router {record['args']['router']}: who answered (%)", fontsize=11)
     return evaluation.save_figure(figure, path / "confusion.png")
 
 
@@ -716,7 +724,8 @@ def plot(folders, path=None):
     for folder, record in zip(folders, records, strict=True):
         if record["script"] != "mllm_cl" or "confusion" not in record:
             raise InputError(f"{folder}: these figures need finished runs of mllm_cl.py")
-    keys = [key for key in records[0]["args"] if len({str(r["args"][key]) for r in records}) > 1]
+    keys = [key for key in records[0]["args"]
+            if key != "out" and len({str(r["args"][key]) for r in records}) > 1]  # fmt: skip
     labels = [", ".join(f"{key} {r['args'][key]}" for key in keys) or r["args"]["router"]
               for r in records]  # fmt: skip
     runs, first = dict(zip(labels, records, strict=True)), records[0]
