@@ -15,7 +15,7 @@ Streams
   ucit     6 datasets, one instruction and form of answer each    coin  8    trigap  10
   dcl      MLLM-CL's 5 domains; training and test data are alike (IID)
   acl      MLLM-CL's 4 abilities; training and test data are of different sources (non-IID), in the
-           mini stream, too: tests are at night, on a blackboard, with other things to be counted
+           mini stream, too: tests are at dusk, on a blackboard, with other things to be counted
   FOLDER   any folder in the LLaVA layout below: bring your own
 
 Layout of the VQACL release (vqacl, vqav2, clt-vqa), and one record of it:

@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-VERSION = 12  # bump it when any drawing changes: data.py then redraws its mini streams
+VERSION = 13  # bump it when any drawing changes: data.py then redraws its mini streams
 SIDE, PATCH = 64, 8  # picture side and patch side, pixels
 GRID = SIDE // PATCH  # 8 x 8 patches, one image token each
 ROOT = Path(__file__).resolve().parent
@@ -1088,10 +1088,10 @@ def finance(rng):
 
 
 def reading(rng, test: bool):
-    """Signs; in tests at night."""
+    """Signs; in tests at dusk."""
     picture = sign(rng)
     question, answer = _ask(picture, "read")
-    dark = 0.55 * picture.image + rng.normal(0, 6, picture.image.shape)
+    dark = 0.75 * picture.image + rng.normal(0, 6, picture.image.shape)
     image = np.clip(dark, 0, 255).astype(np.uint8) if test else picture.image
     return image, question, [answer]
 
@@ -1111,12 +1111,12 @@ def counting(rng, test: bool):
 
 
 def screens(rng, test: bool):
-    """Windows with a question about a button and three options; in tests in dark mode."""
+    """Windows with a question about a button and three options; in tests with a night filter."""
     picture = window(rng)
     question, answer = _ask(picture, "button-text")
     question, answer = _choice(rng, question, answer, WORDS[12:])
-    question = question.removesuffix(f"\n{LETTER}")
-    return domain_filter(rng, "negative" if test else "plain", picture.image), question, [answer]
+    image = lamplight(picture.image) if test else picture.image
+    return image, question.removesuffix(f"\n{LETTER}"), [answer]
 
 
 def textvqa(rng):
