@@ -50,7 +50,10 @@ Where we differ from the paper (P) or its public code (C), and why:
  9. (C) L_orth uses the output space of every layer; the code takes the input space of square ones.
     The hidden state in it is a constant: a guess, the paper leaves it open.
 10. (C) Pure text has no image to route by: its group's experts get equal weights.
-4, 5 and 7 go back with --paper_constants.
+11. (P, C) A stage joins the best of several groups only if its cosine is above `join`, as with one
+    group. As published the lead alone decides: a stage that is like no group, but least unlike one
+    of them, joins that one (captions joined option letters).
+4, 5, 7 and 11 go back with --paper_constants.
 """
 
 import argparse
@@ -103,9 +106,9 @@ def parse(argv=None):
     add("--tau_orth", type=float, default=0.99,
         help="novelty a direction needs, relative to a random one (default: 0.99)")
     add("--theta", type=float, default=0.1,
-        help="a stage joins the best group if its cosine leads by this (default: 0.1)")
+        help="a stage joins the best of several groups if its cosine leads by this (default: 0.1)")
     add("--join", type=float, default=0.8, metavar="COS",
-        help="the second stage joins the first if its cosine is above this (default: 0.8)")
+        help="and if it is above this, as with one group (default: 0.8)")
     add("--sigma", type=float, metavar="SIGMA",
         help="width of the RBF weights (default: a third of the median distance between "
              "centroids, ours)")
@@ -114,7 +117,8 @@ def parse(argv=None):
     add("--max_groups", type=int, metavar="G", help="(default: the number of stages)")
     add("--max_experts", type=int, metavar="E", help="(default: the number of stages)")
     add("--paper_constants", action="store_true",
-        help="sigma 2, novelty not relative, warm-up not at least 16 steps (default: off)")
+        help="sigma 2, novelty not relative, warm-up not at least 16 steps, groups by lead alone "
+             "(default: off)")
     add("--routing", default="centroid", choices=["centroid", "uniform", "oracle"],
         help="inside a group: by RBF, evenly; or the stage's own expert, known (default: centroid)")
     add("--reuse", action=argparse.BooleanOptionalAction, default=True,
@@ -269,11 +273,12 @@ def _embedding(output):
     return getattr(output, "pooler_output", output).float().cpu()
 
 
-def choose_group(u, prototypes, theta=0.1, join=0.8, max_groups=99):
+def choose_group(u, prototypes, theta=0.1, join=0.8, max_groups=99, lead_is_enough=False):
     """Level 1, training: the group of a new stage, an old one or len(prototypes), a new one.
 
     u [d] mean instruction feature of the stage, prototypes [G, d]. One group so far: join it if the
-    cosine is above `join`. More: join the best if it leads the second by more than theta.
+    cosine is above `join`. More: join the best if it is, too, and leads the second by more than
+    theta; lead_is_enough: the lead alone, as published.
     """
     G = len(prototypes)
     if G == 0:
@@ -286,7 +291,7 @@ def choose_group(u, prototypes, theta=0.1, join=0.8, max_groups=99):
     if G == 1:
         return 0 if cosine[0] > join else 1
     first, second = cosine.topk(2).values
-    return best if first - second > theta else G
+    return best if first - second > theta and (lead_is_enough or first > join) else G
 
 
 def group_of(u, prototypes):
@@ -618,7 +623,7 @@ def main(args, stream, run):
             old = memory["prototype"]
             means = u.new_zeros(0, u.shape[1]) if old is None else old / memory["count"][:, None]
             limit = args.max_groups if args.grouping else 1
-            g = choose_group(u.mean(0), means, args.theta, args.join, limit)
+            g = choose_group(u.mean(0), means, args.theta, args.join, limit, args.paper_constants)
             if g == len(means):  # a new group
                 blank = torch.zeros(1, u.shape[1])
                 memory["prototype"] = blank if old is None else torch.cat([old, blank])

@@ -120,6 +120,9 @@ def test_groups_follow_from_cosines_by_hand():
     assert cram.choose_group(unit(1.0, 0.2), two) == 0  # far ahead of the second
     assert cram.choose_group(unit(1.0, 0.95), two) == 2  # 0.05 ahead: undecided, a new group
     assert cram.choose_group(unit(1.0, 0.95), two, max_groups=2) == 0
+    far = unit(0.5, 0.1, 1.0)  # cosines 0.45 and 0.09: ahead, but like neither
+    assert cram.choose_group(far, two) == 2
+    assert cram.choose_group(far, two, lead_is_enough=True) == 0
     assert cram.group_of(torch.stack([unit(0.2, 1.0), unit(5.0)]), two).tolist() == [1, 0]
 
 
