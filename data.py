@@ -179,6 +179,7 @@ STREAMS = {
 }
 
 _PRISM = {"folders": ("instructions", ""), "images": "datasets"}
+_PRISM |= {"tiny": {"lr": 4e-3, "epochs": 3}}
 _4W = "train_standard_4w test_standard_3k"
 STREAMS |= {
     # Guo et al. 2025 (HiDe-LLaVA, arXiv 2503.12941); files of huggingface.co/HaiyangGuo/UCIT
@@ -227,6 +228,7 @@ STREAMS |= {
         | dict.fromkeys(("TextVQA", "VizWiz", "VQAv2"), "train val"),
         folders=("playground/Instructions_Original", "Instructions_Original"),
         images="cl_dataset",
+        tiny={"lr": 4e-3, "epochs": 3},
     ),
 }
 
