@@ -1,4 +1,4 @@
-"""The rows that every method is compared with: zero-shot, sequential LoRA, joint training.
+"""The rows that every method is compared with: from zero-shot to joint training, and classics.
 
 A reference script: read it from top to bottom, copy it, edit it. Its sections have the numbers of
 asr.py's, whose run without any method it is: `diff asr.py baselines.py` shows what a method adds.
@@ -9,13 +9,22 @@ asr.py's, whose run without any method it is: `diff asr.py baselines.py` shows w
     joint       one LoRA adapter trained on all stages at once: the upper bound, not continual
     replay      sequential, with --buffer samples of every earlier stage mixed in: what storing a
                 little data buys
+    ewc         sequential, with weights held where earlier stages need them: their Fisher
+                information says which ones (Kirkpatrick et al. 2017, arXiv 1612.00796)
+    lwf         sequential, with the answers kept as they were before the stage, on the stage's own
+                questions (Li and Hoiem 2016, arXiv 1606.09282)
 
     python baselines.py --method sequential --stream vqacl        mini stream, tiny LLaVA: minutes
     python baselines.py --method joint --stream vqacl --data DIR --model llava-hf/llava-1.5-7b-hf
     python baselines.py --method joint --blind                    also test with all images black
 
 zeroshot and joint fill the last row of the accuracy matrix only, so they have AP and no forgetting.
-T is the number of stages, t a stage.
+T is the number of stages, t a stage; theta are the LoRA weights, F the Fisher information.
+
+Where ewc and lwf differ from their papers: both protect the LoRA weights alone, all others are
+frozen. F is the mean of squared gradients for the given answers (the "empirical" one), not for
+answers drawn from the model; the quadratic terms of all stages are kept as one. lwf has no heads of
+old tasks: the words of an answer are one output layer for all stages.
 """
 
 import argparse
@@ -48,16 +57,27 @@ from data import (
 # --------------------------------------------------------------------------------------------------
 
 
+METHODS = ["zeroshot", "sequential", "joint", "replay", "ewc", "lwf"]
+
+
 # fmt: off
 def parse(argv=None):
     """All flags; InputError if one of this script's own makes no sense."""
     parser = argparse.ArgumentParser("baselines.py", description=__doc__.split("\n")[0])
     add_common_flags(parser)
     add = parser.add_argument_group("baseline").add_argument
-    add("--method", default="sequential", choices=["zeroshot", "sequential", "joint", "replay"],
+    add("--method", default="sequential", choices=METHODS,
         help="which row (default: sequential)")
     add("--buffer", type=int, default=20, metavar="N",
         help="replay: samples kept of every stage (default: 20)")
+    add("--ewc_lambda", type=float, default=1000.0, metavar="LAMBDA",
+        help="ewc: weight of sum_i F_i (theta_i - theta*_i)^2 / 2 (default: 1000, a guess)")
+    add("--fisher_samples", type=int, default=100, metavar="N",
+        help="ewc: samples of a stage that F is measured on (default: 100)")
+    add("--lwf_lambda", type=float, default=1.0, metavar="LAMBDA",
+        help="lwf: weight of the distillation loss (default: 1)")
+    add("--lwf_temperature", type=float, default=2.0, metavar="T",
+        help="lwf: answers are compared as softmax(logits / T) (default: 2)")
     add("--blind", action="store_true",
         help="at the end test with black images, too: what is known without looking")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
@@ -69,7 +89,10 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.save_every < 0:
         raise InputError(f"--save_every {args.save_every} must be zero or more")
-    for name in ("eval_batch_size", "max_new_tokens", "buffer"):
+    for name in ("ewc_lambda", "lwf_lambda"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise InputError(f"--{name} {getattr(args, name)} must be zero or more")
+    for name in "eval_batch_size max_new_tokens buffer fisher_samples lwf_temperature".split():
         if not getattr(args, name) > 0:
             raise InputError(f"--{name} {getattr(args, name)} must be above zero")
     if args.out is None and not args.plot:
@@ -89,6 +112,7 @@ if __name__ == "__main__":
         fail(error)
 
 import torch  # noqa: E402
+from torch.nn.functional import kl_div  # noqa: E402
 
 from model import (  # noqa: E402
     add_lora,
@@ -104,13 +128,14 @@ from model import (  # noqa: E402
     random_state,
     save_checkpoint,
     save_lora,
+    set_lora,
     set_random_state,
     set_up,
     to_device,
 )
 
 # --------------------------------------------------------------------------------------------------
-# 3. The memory: of replay
+# 3. The memory: of replay, of ewc
 # --------------------------------------------------------------------------------------------------
 
 
@@ -130,14 +155,74 @@ def with_replay(stage, old, n, seed):
     return replace(stage, train=stage.train + kept, blocks=blocks)
 
 
+def fisher_information(model, parameters, samples, collate):
+    """F, one tensor per parameter: the mean over samples of the squared gradient of log p(answer).
+
+    One sample at a time: the square of a batch's mean gradient is something else.
+    """
+    fisher = [torch.zeros_like(p) for p in parameters]
+    for sample in samples:
+        batch, features = collate([sample])
+        n = (batch["labels"] != -100).sum()  # log p is a sum over the answer's tokens
+        gradients = torch.autograd.grad(forward(model, batch, features).loss * n, parameters)
+        for f, g in zip(fisher, gradients, strict=True):
+            f += g**2 / len(samples)
+    return fisher
+
+
+def remember(memory, fisher, parameters):
+    """Add a stage's F (theta - theta*)^2 to the sum of those before; memory: {"F", "theta"}.
+
+    A sum of quadratic functions is one around the mean of their centers, weighted by F, plus a
+    constant: two numbers per weight, however many stages there were.
+    """
+    now = [p.detach().clone() for p in parameters]
+    if memory is None:
+        return {"F": fisher, "theta": now}
+    total = [a + b for a, b in zip(memory["F"], fisher, strict=True)]
+    parts = zip(memory["F"], memory["theta"], fisher, now, total, strict=True)
+    return {"F": total, "theta": [(a * x + b * y) / c.clamp(min=1e-30) for a, x, b, y, c in parts]}
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. The losses
+# --------------------------------------------------------------------------------------------------
+
+
+def ewc_penalty(memory, parameters):
+    """sum_i F_i (theta_i - theta*_i)^2 / 2"""
+    parts = zip(memory["F"], parameters, memory["theta"], strict=True)
+    return sum((f * (p - center) ** 2).sum() for f, p, center in parts) / 2
+
+
+def distillation_loss(logits, before, temperature):
+    """T^2 KL(softmax(before / T) || softmax(logits / T)), mean over answer tokens: [N, V] each.
+
+    T^2 makes the gradient's size independent of T (Hinton et al. 2015, arXiv 1503.02531).
+    """
+    p, q = (x.float().div(temperature).log_softmax(1) for x in (before, logits))
+    return temperature**2 * kl_div(q, p, log_target=True, reduction="batchmean")
+
+
 # --------------------------------------------------------------------------------------------------
 # 5. One micro-batch
 # --------------------------------------------------------------------------------------------------
 
 
-def backward(model, batch, features, share):
+def backward(model, batch, features, share, args, t=0):
     """Forward and backward of one micro-batch, which holds `share` of the step's answer tokens."""
-    loss = forward(model, batch, features).loss * share
+    before = None
+    if args.method == "lwf" and t:
+        set_lora(model, BEFORE)
+        with torch.no_grad():
+            before = forward(model.eval(), batch, features).logits
+        set_lora(model.train(), ADAPTER)
+    output = forward(model, batch, features)
+    loss = output.loss
+    if before is not None:
+        distilled = distillation_loss(output.logits, before, args.lwf_temperature)
+        loss = loss + args.lwf_lambda * distilled
+    loss = loss * share
     loss.backward()
     return loss.detach()
 
@@ -165,6 +250,7 @@ def evaluate_stage(model, processor, cache, collator, stage, args, title, blind=
 # --------------------------------------------------------------------------------------------------
 
 ADAPTER = "continual"  # the one LoRA adapter that goes through all stages
+BEFORE = "before"  # lwf: as it was before the stage
 
 
 def main(args, stream, run):
@@ -185,6 +271,10 @@ def main(args, stream, run):
     if args.method != "zeroshot":
         targets = args.targets.split(",")
         parameters = add_lora(model, ADAPTER, args.rank, args.alpha, args.dropout, targets)
+    if args.method == "lwf":
+        for p in add_lora(model, BEFORE, args.rank, args.alpha, 0.0, targets):
+            p.requires_grad_(False)
+        set_lora(model, ADAPTER)
     collator = Collator(processor, image_tokens(model, processor))
 
     def collate(samples):
@@ -210,10 +300,15 @@ def main(args, stream, run):
 
     # ---- 7.3 Records, from the checkpoint if there is one ---------------------------------------
     matrix, novel = np.full((T, T), np.nan), np.full((T, T), np.nan)
+    memory = None  # of ewc
     first, step, unfinished = 0, 0, None  # stage to begin with, steps so far, a stage half done
     if args.resume and (state := load_checkpoint(run)):
         torch.set_num_threads(state["threads"])  # another number would round differently
         load_lora_state(model, ADAPTER, state["lora"])
+        if args.method == "lwf":
+            load_lora_state(model, BEFORE, state["before"])
+        if args.method == "ewc" and state["memory"]:
+            memory = {k: [x.to(model.device) for x in v] for k, v in state["memory"].items()}
         set_random_state(state["random"])
         first, step, unfinished = state["stage"], state["step"], state["unfinished"]
         matrix, novel, seconds = state["matrix"].numpy(), state["novel"].numpy(), state["seconds"]
@@ -222,7 +317,9 @@ def main(args, stream, run):
 
     def checkpoint(done, unfinished=None):
         state = {"stage": done, "unfinished": unfinished, "step": step, "random": random_state()}
-        state |= {"lora": lora_state(model, ADAPTER)}
+        state |= {"lora": lora_state(model, ADAPTER), "memory": memory}
+        if args.method == "lwf":
+            state["before"] = lora_state(model, BEFORE)
         state |= {"matrix": torch.tensor(matrix), "novel": torch.tensor(novel)}
         save_checkpoint(run, state | {"seconds": seconds, "threads": torch.get_num_threads()})
 
@@ -241,6 +338,8 @@ def main(args, stream, run):
             orders = [train_order(stage, args.seed, e, args.epochs) for e in range(args.epochs)]
             steps = [order[k : k + size] for order in orders for k in range(0, len(order), size)]
         begin = 0
+        if args.method == "lwf" and not unfinished:
+            load_lora_state(model, BEFORE, lora_state(model, ADAPTER))
         if unfinished:
             begin = unfinished["steps"]
             optimizer.load_state_dict(unfinished["optimizer"])
@@ -258,7 +357,11 @@ def main(args, stream, run):
             tokens = [int((batch["labels"] != -100).sum()) for batch, _ in batches]
             loss = 0.0
             for (batch, features), n in zip(batches, tokens, strict=True):
-                loss += backward(model, batch, features, n / sum(tokens)).item()
+                loss += backward(model, batch, features, n / sum(tokens), args, t).item()
+            if memory:
+                penalty = args.ewc_lambda * ewc_penalty(memory, parameters)
+                penalty.backward()
+                loss += penalty.item()
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
             if not math.isfinite(loss + norm):
                 raise InputError(
@@ -275,6 +378,14 @@ def main(args, stream, run):
                 lap("train")
                 checkpoint(p, {"steps": k + 1, "optimizer": optimizer.state_dict()})
         lap("train")
+
+        if args.method == "ewc":
+            chosen = random.Random(f"fisher/{args.seed}/{stage.name}")
+            chosen = chosen.sample(train, min(args.fisher_samples, len(train)))
+            model.eval()
+            fisher = fisher_information(model, parameters, chosen, collate)
+            memory = remember(memory, fisher, parameters)
+            lap("fisher")
 
         # test on all stages seen so far; with --hold_out also on the object group that was left out
         model.eval()

@@ -1,0 +1,97 @@
+"""baselines.py: every baseline's defining property, and that a kill does not change it."""
+
+import json
+
+import pytest
+import torch
+from test_scripts import kill_after, results, run_here
+
+import baselines
+from data import Collator
+from model import add_lora, forward, image_tokens, remove_lora
+
+
+@pytest.fixture
+def adapted(tiny, samples):
+    """The tiny model with a LoRA that does something: (model, parameters, samples, collate)."""
+    model, processor = tiny
+    torch.manual_seed(0)
+    parameters = add_lora(model, "continual", 4, 8, 0.0, ["q", "v"])
+    with torch.no_grad():
+        for p in parameters:
+            p += 0.1 * torch.randn_like(p)
+    collator = Collator(processor, image_tokens(model, processor))
+    chosen = [s for s in samples if s.image is None][:1] or samples[:1]
+
+    def collate(part):
+        return collator(part, train=True), None
+
+    model.eval()
+    yield model, parameters, chosen, collate
+    remove_lora(model, "continual")
+
+
+def test_fisher_is_the_squared_gradient_of_log_p(adapted):
+    model, parameters, chosen, collate = adapted
+    batch, _ = collate(chosen)
+    logits = forward(model, batch, None).logits.log_softmax(1)
+    answer = batch["labels"][batch["labels"] != -100]
+    log_p = logits[torch.arange(len(answer)), answer].sum()
+    gradients = torch.autograd.grad(log_p, parameters)
+    fisher = baselines.fisher_information(model, parameters, chosen, collate)
+    twice = baselines.fisher_information(model, parameters, 2 * chosen, collate)
+    assert sum(f.sum() for f in fisher) > 0
+    for f, g, double in zip(fisher, gradients, twice, strict=True):
+        torch.testing.assert_close(f, g**2, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(double, f, rtol=1e-5, atol=1e-12)  # a mean over the samples
+
+
+def test_ewc_penalty_is_zero_at_the_old_weights_and_sums_the_stages():
+    torch.manual_seed(1)
+    first, second, now = ([torch.randn(3, 2), torch.randn(4)] for _ in range(3))
+    F1, F2 = ([torch.rand(3, 2), torch.rand(4)] for _ in range(2))
+    one = baselines.remember(None, F1, first)
+    assert baselines.ewc_penalty(one, first) == 0 < baselines.ewc_penalty(one, now)
+    both = baselines.remember(one, F2, second)
+
+    def direct(theta):
+        terms = [(F1, first), (F2, second)]
+        return sum(
+            (f * (p - c) ** 2).sum()
+            for F, old in terms
+            for f, p, c in zip(F, theta, old, strict=True)
+        )
+
+    # equal to the two terms but for a constant
+    other = [p + 1 for p in now]
+    difference = baselines.ewc_penalty(both, other) - baselines.ewc_penalty(both, now)
+    torch.testing.assert_close(2 * difference, direct(other) - direct(now))
+
+
+def test_distillation_is_zero_for_equal_logits_and_is_t2_kl():
+    a, b = torch.randn(5, 7), torch.randn(5, 7)
+    assert baselines.distillation_loss(a, a, 2.0).abs() < 1e-6
+    p, q = (a / 3).softmax(1), (b / 3).softmax(1)
+    kl = (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(baselines.distillation_loss(b, a, 3.0), 9 * kl)
+
+
+def losses(run):
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["ewc", "lwf"])
+def test_a_method_begins_where_it_has_nothing_to_protect(method, flags, tmp_path):
+    """The first stage, and the loss of the second's first step, are those of sequential LoRA; what
+    follows is not. A killed run that goes on ends with the same bytes."""
+    flags = [*flags, "--dropout", "0", "--fisher_samples", "4"]
+    strong = {"ewc": ["--ewc_lambda", "1e6"], "lwf": ["--lwf_lambda", "10"]}[method]
+    plain = losses(run_here("baselines", flags, tmp_path / "sequential"))
+    whole = run_here("baselines", [*flags, "--method", method, *strong], tmp_path / "whole")
+    own = losses(whole)
+    assert own[:6] == plain[:6] and own[6] == pytest.approx(plain[6], rel=1e-5)
+    assert all(abs(a - b) > 1e-4 for a, b in zip(own[8:12], plain[8:12], strict=True))
+    more = ["--method", method, *strong, "--save_every", "2"]
+    kill_after(9, "baselines", [*flags, *more], tmp_path / "killed")
+    killed = run_here("baselines", [*flags, *more, "--resume"], tmp_path / "killed")
+    assert results(killed) == results(whole)
