@@ -13,6 +13,8 @@ asr.py's, whose run without any method it is: `diff asr.py baselines.py` shows w
                 information says which ones (Kirkpatrick et al. 2017, arXiv 1612.00796)
     lwf         sequential, with the answers kept as they were before the stage, on the stage's own
                 questions (Li and Hoiem 2016, arXiv 1606.09282)
+    olora       a new LoRA for every stage, added to the frozen ones of earlier stages and held
+                orthogonal to them (Wang et al. 2023, arXiv 2310.14152)
 
     python baselines.py --method sequential --stream vqacl        mini stream, tiny LLaVA: minutes
     python baselines.py --method joint --stream vqacl --data DIR --model llava-hf/llava-1.5-7b-hf
@@ -21,10 +23,11 @@ asr.py's, whose run without any method it is: `diff asr.py baselines.py` shows w
 zeroshot and joint fill the last row of the accuracy matrix only, so they have AP and no forgetting.
 T is the number of stages, t a stage; theta are the LoRA weights, F the Fisher information.
 
-Where ewc and lwf differ from their papers: both protect the LoRA weights alone, all others are
+Where they differ from their papers: ewc and lwf protect the LoRA weights alone, all others are
 frozen. F is the mean of squared gradients for the given answers (the "empirical" one), not for
 answers drawn from the model; the quadratic terms of all stages are kept as one. lwf has no heads of
-old tasks: the words of an answer are one output layer for all stages.
+old tasks: the words of an answer are one output layer for all stages. olora has no penalty on the
+size of the new LoRA (lambda_2, 0 in most of its release's commands).
 """
 
 import argparse
@@ -57,7 +60,7 @@ from data import (
 # --------------------------------------------------------------------------------------------------
 
 
-METHODS = ["zeroshot", "sequential", "joint", "replay", "ewc", "lwf"]
+METHODS = ["zeroshot", "sequential", "joint", "replay", "ewc", "lwf", "olora"]
 
 
 # fmt: off
@@ -78,6 +81,8 @@ def parse(argv=None):
         help="lwf: weight of the distillation loss (default: 1)")
     add("--lwf_temperature", type=float, default=2.0, metavar="T",
         help="lwf: answers are compared as softmax(logits / T) (default: 2)")
+    add("--olora_lambda", type=float, default=0.5, metavar="LAMBDA_1",
+        help="olora: weight of the sum of |A_i A_t^T| over earlier stages i (default: 0.5)")
     add("--blind", action="store_true",
         help="at the end test with black images, too: what is known without looking")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
@@ -89,7 +94,7 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.save_every < 0:
         raise InputError(f"--save_every {args.save_every} must be zero or more")
-    for name in ("ewc_lambda", "lwf_lambda"):
+    for name in ("ewc_lambda", "lwf_lambda", "olora_lambda"):
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)} must be zero or more")
     for name in "eval_batch_size max_new_tokens buffer fisher_samples lwf_temperature".split():
@@ -204,6 +209,17 @@ def distillation_loss(logits, before, temperature):
     return temperature**2 * kl_div(q, p, log_target=True, reduction="batchmean")
 
 
+def orthogonality_loss(earlier, parameters):
+    """O-LoRA, Eq. 8: sum over layers and earlier stages i of |A_i A_t^T|, entry by entry.
+
+    parameters: A and B of layer after layer; earlier: such lists, of the stages before.
+    """
+    loss = 0.0
+    for k in range(0, len(parameters), 2):
+        loss = loss + (torch.cat([old[k] for old in earlier]) @ parameters[k].T).abs().sum()
+    return loss
+
+
 # --------------------------------------------------------------------------------------------------
 # 5. One micro-batch
 # --------------------------------------------------------------------------------------------------
@@ -249,7 +265,7 @@ def evaluate_stage(model, processor, cache, collator, stage, args, title, blind=
 # 7. The run
 # --------------------------------------------------------------------------------------------------
 
-ADAPTER = "continual"  # the one LoRA adapter that goes through all stages
+ADAPTER = "continual"  # the one LoRA adapter that goes through all stages; olora: the first
 BEFORE = "before"  # lwf: as it was before the stage
 
 
@@ -267,10 +283,21 @@ def main(args, stream, run):
     # ---- 7.1 The model: a frozen LLaVA with one LoRA adapter ------------------------------------
     model, processor, cache = set_up(args)
     torch.manual_seed(args.seed)
-    parameters = []
+    parameters, earlier, adapters = [], [], []  # trained; olora: frozen ones; names of all in use
+    targets = args.targets.split(",")
+
+    def new_adapter():
+        """The next LoRA to train; those before are frozen and stay in use."""
+        nonlocal parameters
+        for p in parameters:
+            p.requires_grad_(False)
+        earlier.extend([parameters] if parameters else [])
+        adapters.append(f"{ADAPTER}-{len(adapters) + 1}" if adapters else ADAPTER)
+        parameters = add_lora(model, adapters[-1], args.rank, args.alpha, args.dropout, targets)
+        set_lora(model, *adapters)
+
     if args.method != "zeroshot":
-        targets = args.targets.split(",")
-        parameters = add_lora(model, ADAPTER, args.rank, args.alpha, args.dropout, targets)
+        new_adapter()
     if args.method == "lwf":
         for p in add_lora(model, BEFORE, args.rank, args.alpha, 0.0, targets):
             p.requires_grad_(False)
@@ -304,7 +331,10 @@ def main(args, stream, run):
     first, step, unfinished = 0, 0, None  # stage to begin with, steps so far, a stage half done
     if args.resume and (state := load_checkpoint(run)):
         torch.set_num_threads(state["threads"])  # another number would round differently
-        load_lora_state(model, ADAPTER, state["lora"])
+        for name, saved in state["lora"].items():
+            if name not in adapters:
+                new_adapter()
+            load_lora_state(model, name, saved)
         if args.method == "lwf":
             load_lora_state(model, BEFORE, state["before"])
         if args.method == "ewc" and state["memory"]:
@@ -317,7 +347,7 @@ def main(args, stream, run):
 
     def checkpoint(done, unfinished=None):
         state = {"stage": done, "unfinished": unfinished, "step": step, "random": random_state()}
-        state |= {"lora": lora_state(model, ADAPTER), "memory": memory}
+        state |= {"lora": {name: lora_state(model, name) for name in adapters}, "memory": memory}
         if args.method == "lwf":
             state["before"] = lora_state(model, BEFORE)
         state |= {"matrix": torch.tensor(matrix), "novel": torch.tensor(novel)}
@@ -329,6 +359,8 @@ def main(args, stream, run):
         t, stage = plan[p]
         if args.method == "replay":
             stage = with_replay(stage, stages[:t], args.buffer, args.seed)
+        if args.method == "olora" and len(adapters) == t:
+            new_adapter()
         train = stage.train
 
         # a new optimizer, whose learning rate rises to lr and falls to zero within the stage
@@ -358,6 +390,10 @@ def main(args, stream, run):
             loss = 0.0
             for (batch, features), n in zip(batches, tokens, strict=True):
                 loss += backward(model, batch, features, n / sum(tokens), args, t).item()
+            if earlier:
+                penalty = args.olora_lambda * orthogonality_loss(earlier, parameters)
+                penalty.backward()
+                loss += penalty.item()
             if memory:
                 penalty = args.ewc_lambda * ewc_penalty(memory, parameters)
                 penalty.backward()
@@ -423,8 +459,14 @@ def main(args, stream, run):
     if stream.novel:
         print("object group left out of training:\n" + evaluation.table(novel, names) + "\n")
         summary["novel"] = {"matrix": novel, "metrics": evaluation.metrics(novel)}
+    if earlier:  # one file with the ranks of all: B A summed over stages is [B_1 B_2 ..] [A_1; ..]
+        n, layers = len(adapters), [*earlier, parameters]
+        joined = add_lora(model, "all", n * args.rank, n * args.alpha, args.dropout, targets)
+        with torch.no_grad():
+            for k, p in enumerate(joined):
+                p.copy_(torch.cat([own[k] for own in layers], k % 2))
     if parameters:
-        save_lora(model, ADAPTER, run / "lora", args.model)
+        save_lora(model, "all" if earlier else ADAPTER, run / "lora", args.model)
     lap("end")
     summary |= {"seconds": sum(seconds.values()), "seconds_by_part": seconds}
     evaluation.finish_run(run, summary)

@@ -122,7 +122,7 @@ class LoRALinear(nn.Module):
         # VQA v2 has a stage called "type".
         self.adapters = nn.ParameterDict()
         self.scale, self.dropout = {}, {}  # by adapter name
-        self.active = None
+        self.active = ()  # names; several are one LoRA of all their ranks together
 
     def add(self, name, rank, alpha, dropout):
         # Drawn on the CPU, then moved: one seed gives one adapter on every device.
@@ -137,11 +137,13 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         y = self.base(x)
-        if self.active is None:
+        if not self.active:
             return y
-        a, b = self.pair(self.active)
-        h = F.dropout(x.to(a.dtype), self.dropout[self.active], self.training)
-        h = F.linear(h, a) * self.scale[self.active]  # [..., r], cheaper to scale than [..., out]
+        last, pairs = self.active[-1], [self.pair(name) for name in self.active]
+        a, b = pairs[0] if len(pairs) == 1 else (torch.cat([a for a, _ in pairs]),
+                                                 torch.cat([b for _, b in pairs], 1))  # fmt: skip
+        h = F.dropout(x.to(a.dtype), self.dropout[last], self.training)
+        h = F.linear(h, a) * self.scale[last]  # [..., r], cheaper to scale than [..., out]
         return (y + F.linear(h, b)).to(y.dtype)  # summed in float32, rounded once
 
 
@@ -193,12 +195,16 @@ def add_lora(model, name, rank, alpha, dropout, targets):
     return _attach(model, paths, name, rank, alpha, dropout)
 
 
-def set_lora(model, name):
-    """Switch to adapter `name`; None switches all off. Layers without it run bare."""
-    if name is not None and not _adapted(model, name):
-        raise ValueError(f"there is no adapter {name!r}")
+def set_lora(model, *names):
+    """Switch to an adapter; to none: all are off. Layers without it run bare.
+
+    Several are added up, with the scale and dropout of the last one.
+    """
+    for name in names:
+        if not _adapted(model, name):
+            raise ValueError(f"there is no adapter {name!r}")
     for layer in _adapted(model).values():
-        layer.active = name if name in layer.scale else None
+        layer.active = tuple(name for name in names if name in layer.scale)
 
 
 def move_lora(model, name, device):
@@ -210,7 +216,7 @@ def move_lora(model, name, device):
 
 def remove_lora(model, name):
     """Forget an adapter. The layers stay; the model runs bare until another one is set."""
-    set_lora(model, None)
+    set_lora(model)
     for layer in _adapted(model, name).values():
         del layer.adapters[f"{name}_A"], layer.adapters[f"{name}_B"]
         del layer.scale[name], layer.dropout[name]
@@ -220,7 +226,7 @@ def remove_lora(model, name):
 def lora_off(model):
     """The pretrained model inside a with-block: a reference that needs no second copy."""
     before = [(layer, layer.active) for layer in _adapted(model).values()]
-    set_lora(model, None)
+    set_lora(model)
     try:
         yield
     finally:

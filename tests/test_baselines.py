@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_scripts import kill_after, results, run_here
 
 import baselines
@@ -76,16 +77,42 @@ def test_distillation_is_zero_for_equal_logits_and_is_t2_kl():
     torch.testing.assert_close(baselines.distillation_loss(b, a, 3.0), 9 * kl)
 
 
+def test_olora_penalty_is_zero_for_orthogonal_rows_and_counts_every_entry():
+    eye = torch.eye(6)
+    old, older, B = eye[:2], eye[2:4], torch.ones(3, 2)
+    assert baselines.orthogonality_loss([[old, B], [older, B]], [eye[4:], B]) == 0
+    new = 2 * eye[4:] + 3 * eye[[0, 2]] - 5 * eye[[1, 1]]
+    assert baselines.orthogonality_loss([[old, B], [older, B]], [new, B]) == 3 + 5 + 5 + 3
+
+
+def test_olora_leaves_earlier_stages_alone(flags, tmp_path):
+    """The file holds the ranks of all stages, those of the first as a shorter run ends with them;
+    the penalty makes the new rows more orthogonal to the old ones."""
+    flags, overlap = [*flags, "--method", "olora", "--rank", "4"], {}
+    for weight in ("0", "5"):
+        run = run_here("baselines", [*flags, "--olora_lambda", weight], tmp_path / weight)
+        state = load_file(run / "lora" / "adapter_model.safetensors")
+        A = [value for key, value in state.items() if "lora_A" in key]
+        assert all(len(a) == 12 for a in A)
+        overlap[weight] = sum((a[:4] @ a[4:8].T).abs().sum() for a in A)
+    assert overlap["5"] < 0.5 * overlap["0"]
+    short = run_here("baselines", [*flags, "--order", "one"], tmp_path / "short")
+    for key, value in load_file(short / "lora" / "adapter_model.safetensors").items():
+        own = state[key][:4] if "lora_A" in key else state[key][:, :4]
+        assert torch.equal(own, value)
+
+
 def losses(run):
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["ewc", "lwf"])
+@pytest.mark.parametrize("method", ["ewc", "lwf", "olora"])
 def test_a_method_begins_where_it_has_nothing_to_protect(method, flags, tmp_path):
     """The first stage, and the loss of the second's first step, are those of sequential LoRA; what
     follows is not. A killed run that goes on ends with the same bytes."""
     flags = [*flags, "--dropout", "0", "--fisher_samples", "4"]
-    strong = {"ewc": ["--ewc_lambda", "1e6"], "lwf": ["--lwf_lambda", "10"]}[method]
+    strong = {"ewc": ["--ewc_lambda", "1e6"], "lwf": ["--lwf_lambda", "10"],
+              "olora": ["--olora_lambda", "0"]}[method]  # fmt: skip
     plain = losses(run_here("baselines", flags, tmp_path / "sequential"))
     whole = run_here("baselines", [*flags, "--method", method, *strong], tmp_path / "whole")
     own = losses(whole)

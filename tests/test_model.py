@@ -149,7 +149,7 @@ def test_lora_is_the_formula_in_float32():
         layer = M.LoRALinear(base)
         layer.add("a", rank=2, alpha=6, dropout=0.0)
         x = torch.randn(3, 4, 6).to(dtype)
-        layer.active = "a"
+        layer.active = ("a",)
         assert torch.equal(layer(x), base(x))  # B = 0
         a, b = layer.pair("a")
         assert a.dtype == b.dtype == torch.float32
@@ -179,7 +179,7 @@ def test_adapters_switch_and_leave_the_base_alone(llava, samples):
         first[0].add_(1.0)
     M.load_lora_state(model, "type", state)
     assert torch.equal(forward(model, batch, features).logits, one)
-    M.set_lora(model, None)
+    M.set_lora(model)
     assert torch.equal(forward(model, batch, features).logits, bare)
     with pytest.raises(ValueError):
         M.load_lora_state(model, "train", state)
@@ -403,7 +403,7 @@ def test_capture_works_in_bfloat16(llava, samples):
         exact, _ = maps()
     half = copy.deepcopy(model).to(torch.bfloat16)
     parameters = trained_lora(half)
-    M.set_lora(half, None)
+    M.set_lora(half)
     with capture(half, batch, 1) as maps:
         forward(half, batch, features.bfloat16())
         attention, _ = maps()
