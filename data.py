@@ -263,7 +263,7 @@ STREAMS |= {
             "Fin": "candlestick charts: trend and price",
         },
         real={"lr": 2e-5, "batch_size": 64, "rank": 128, "alpha": 256.0, **_ALL_LINEAR},
-        tiny=_ALL_LINEAR,
+        tiny={"lr": 2e-3},
     ),
     "acl": Row(
         "OCR Math VP APP".split(),
@@ -276,7 +276,7 @@ STREAMS |= {
             "APP": "a window on a screen, its buttons",
         },
         real={"lr": 2e-5, "batch_size": 64, "rank": 128, "alpha": 256.0, **_ALL_LINEAR},
-        tiny=_ALL_LINEAR,
+        tiny={"lr": 2e-3},
     ),
 }
 

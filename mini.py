@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-VERSION = 13  # bump it when any drawing changes: data.py then redraws its mini streams
+VERSION = 14  # bump it when any drawing changes: data.py then redraws its mini streams
 SIDE, PATCH = 64, 8  # picture side and patch side, pixels
 GRID = SIDE // PATCH  # 8 x 8 patches, one image token each
 ROOT = Path(__file__).resolve().parent
@@ -961,12 +961,21 @@ def draw_domains(rng, folder: Path, size: float) -> None:
     _dump({"stages": list(DOMAINS), "metric": "exact", "suffix": ""}, folder / "stream.json")
 
 
+def negative(image: np.ndarray) -> np.ndarray:
+    return 255 - image
+
+
+def infrared(image: np.ndarray) -> np.ndarray:
+    """False colors: red looks blue, green looks red, blue looks green."""
+    return np.ascontiguousarray(image[..., [1, 2, 0]])
+
+
 def domain_filter(rng, domain: str, image: np.ndarray) -> np.ndarray:
     """What a domain does to a picture [64, 64, 3] uint8. Answers keep the ORIGINAL color names."""
     if domain == "negative":
-        return 255 - image
-    if domain == "recolored":  # red looks blue, green looks red, blue looks green
-        return np.ascontiguousarray(image[..., [1, 2, 0]])
+        return negative(image)
+    if domain == "recolored":
+        return infrared(image)
     if domain == "noise":  # nearly gray, as from an old camera
         gray = image.mean(-1, keepdims=True)
         faded = gray + 0.4 * (image - gray) + rng.normal(0, 22, image.shape)
@@ -996,13 +1005,13 @@ def _choice(rng, question: str, answer: str, others) -> tuple[str, str]:
     return f"{question} {_listed(options)}\n{LETTER}", _letter(options, answer)
 
 
-def _asked(draw, *kinds: str, ending: str = ""):
-    """An example function: a picture by `draw` with a question of one of these kinds."""
+def _asked(draw, *kinds: str, ending: str = "", look=None):
+    """An example function: `look` of a picture by `draw`, a question of one of these kinds."""
 
     def example(rng):
         picture = draw(rng)
         question, answer = _ask(picture, _pick(rng, kinds) if len(kinds) > 1 else kinds[0])
-        return picture.image, f"{question}{ending}", [answer]
+        return look(picture.image) if look else picture.image, f"{question}{ending}", [answer]
 
     return example
 
@@ -1177,11 +1186,11 @@ TASKS = {
         "VQAv2": vqav2,
         "OCRVQA": _word(window, "button-text", "button-color"),
     },
-    "dcl": {
-        "RS": _asked(aerial, "land", "house-count", "land-judge"),
-        "Med": _asked(slide, "cell-count", "cell-sick", "tumor", "stain"),
-        "AD": _asked(road, "drive", "light", "car-side", "walker"),
-        "Sci": _asked(diagram, "node-shape", "node-color", "turn"),
+    "dcl": {  # each domain as the base model has not seen it
+        "RS": _asked(aerial, "land", "house-count", "land-judge", look=infrared),
+        "Med": _asked(slide, "cell-count", "cell-sick", "tumor", "stain", look=negative),
+        "AD": _asked(road, "drive", "light", "car-side", "walker", look=lamplight),  # at sunset
+        "Sci": _asked(diagram, "node-shape", "node-color", "turn", look=lamplight),  # old paper
         "Fin": finance,
     },
     "acl": {"OCR": reading, "Math": calculating, "VP": counting, "APP": screens},
