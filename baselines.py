@@ -11,8 +11,8 @@ asr.py's, whose run without any method it is: `diff asr.py baselines.py` shows w
                 little data buys
     ewc         sequential, with weights held where earlier stages need them: their Fisher
                 information says which ones (Kirkpatrick et al. 2017, arXiv 1612.00796)
-    lwf         sequential, with the answers kept as they were before the stage, on the stage's own
-                questions (Li and Hoiem 2016, arXiv 1606.09282)
+    lwf         sequential, with the distributions over words kept near those before the stage, on
+                the stage's own data (Li and Hoiem 2016, arXiv 1606.09282)
     olora       a new LoRA for every stage, added to the frozen ones of earlier stages and held
                 orthogonal to them (Wang et al. 2023, arXiv 2310.14152)
 
@@ -26,8 +26,10 @@ T is the number of stages, t a stage; theta are the LoRA weights, F the Fisher i
 Where they differ from their papers: ewc and lwf protect the LoRA weights alone, all others are
 frozen. F is the mean of squared gradients for the given answers (the "empirical" one), not for
 answers drawn from the model; the quadratic terms of all stages are kept as one. lwf has no heads of
-old tasks: the words of an answer are one output layer for all stages. olora has no penalty on the
-size of the new LoRA (lambda_2, 0 in most of its release's commands).
+old tasks: the words of an answer are one output layer for all stages; old and new model are
+compared word by word along the given answer, and the loss is times T^2, so that T does not change
+its weight. olora adds up absolute values as its release does (the paper has squares), and has no
+penalty on the size of the new LoRA.
 """
 
 import argparse
@@ -78,11 +80,12 @@ def parse(argv=None):
     add("--fisher_samples", type=int, default=100, metavar="N",
         help="ewc: samples of a stage that F is measured on (default: 100)")
     add("--lwf_lambda", type=float, default=1.0, metavar="LAMBDA",
-        help="lwf: weight of the distillation loss (default: 1)")
+        help="lwf: weight of the distillation loss (default: 1, a guess)")
     add("--lwf_temperature", type=float, default=2.0, metavar="T",
         help="lwf: answers are compared as softmax(logits / T) (default: 2)")
     add("--olora_lambda", type=float, default=0.5, metavar="LAMBDA_1",
-        help="olora: weight of the sum of |A_i A_t^T| over earlier stages i (default: 0.5)")
+        help="olora: weight of the sum of |A_i A_t^T| over earlier stages i (default: 0.5, its "
+        "release's)")
     add("--blind", action="store_true",
         help="at the end test with black images, too: what is known without looking")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
@@ -98,7 +101,7 @@ def parse(argv=None):
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)} must be zero or more")
     for name in "eval_batch_size max_new_tokens buffer fisher_samples lwf_temperature".split():
-        if not getattr(args, name) > 0:
+        if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)} must be above zero")
     if args.out is None and not args.plot:
         args.out = f"runs/{args.method}-{Path(args.stream).resolve().name}-{args.seed}"
@@ -169,9 +172,11 @@ def fisher_information(model, parameters, samples, collate):
     for sample in samples:
         batch, features = collate([sample])
         n = (batch["labels"] != -100).sum()  # log p is a sum over the answer's tokens
-        gradients = torch.autograd.grad(forward(model, batch, features).loss * n, parameters)
+        log_p = -forward(model, batch, features).loss * n
+        gradients = torch.autograd.grad(log_p, parameters, allow_unused=True)
         for f, g in zip(fisher, gradients, strict=True):
-            f += g**2 / len(samples)
+            if g is not None:  # a sample without an image does not reach the projector
+                f += g**2 / len(samples)
     return fisher
 
 
@@ -210,7 +215,7 @@ def distillation_loss(logits, before, temperature):
 
 
 def orthogonality_loss(earlier, parameters):
-    """O-LoRA, Eq. 8: sum over layers and earlier stages i of |A_i A_t^T|, entry by entry.
+    """Sum over layers and earlier stages i of |A_i A_t^T|, entry by entry, as in O-LoRA's release.
 
     parameters: A and B of layer after layer; earlier: such lists, of the stages before.
     """
@@ -225,7 +230,7 @@ def orthogonality_loss(earlier, parameters):
 # --------------------------------------------------------------------------------------------------
 
 
-def backward(model, batch, features, share, args, t=0):
+def backward(model, batch, features, share, args, t):
     """Forward and backward of one micro-batch, which holds `share` of the step's answer tokens."""
     before = None
     if args.method == "lwf" and t:
@@ -280,7 +285,7 @@ def main(args, stream, run):
         seconds[part] = seconds.get(part, 0.0) + now - clock
         clock = now
 
-    # ---- 7.1 The model: a frozen LLaVA with one LoRA adapter ------------------------------------
+    # ---- 7.1 The model: a frozen LLaVA with LoRA -------------------------------------------------
     model, processor, cache = set_up(args)
     torch.manual_seed(args.seed)
     parameters, earlier, adapters = [], [], []  # trained; olora: frozen ones; names of all in use

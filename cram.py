@@ -43,7 +43,7 @@ Where we differ from the paper (P) or its public code (C), and why:
  6. (P, C) The default features are LLaVA's own: mean token embedding of the instruction less the
     mean of the table (all embeddings share a large part), mean tower feature of the image.
     --routing_features NAME takes a CLIP model, as published.
- 7. (P, C) The warm-up has at least 16 steps: 5% of a short stage are one or two.
+ 7. (P, C) The buffer is trained for at least 16 steps: 5% of a short stage are one or two.
  8. (P, C) A stage decides on its group once, from the mean instruction of all of its samples, and
     its centroid is their mean image: both are frozen features, known before the first step. The
     code adds them up batch by batch.
@@ -96,7 +96,7 @@ def parse(argv=None):
     add("--routing_features", default="llava", metavar="NAME",
         help="what is routed by: llava, the model's own frozen features, or the folder or hub id "
              "of a CLIP model (default: llava, ours)")
-    add("--buffer_rank", type=int, default=48, metavar="R", help="of the warm-up (default: 48)")
+    add("--buffer_rank", type=int, default=48, metavar="R", help="of the buffer (default: 48)")
     add("--buffer_share", type=float, default=0.05, metavar="SHARE",
         help="of a stage's steps in the buffer, at least 16 steps; 0: no buffer, the expert is a "
              "fresh LoRA of rank r_max (default: 0.05)")
@@ -117,7 +117,7 @@ def parse(argv=None):
     add("--max_groups", type=int, metavar="G", help="(default: the number of stages)")
     add("--max_experts", type=int, metavar="E", help="(default: the number of stages)")
     add("--paper_constants", action="store_true",
-        help="sigma 2, novelty not relative, warm-up not at least 16 steps, groups by lead alone "
+        help="sigma 2, novelty not relative, buffer not at least 16 steps, groups by lead alone "
              "(default: off)")
     add("--routing", default="centroid", choices=["centroid", "uniform", "oracle"],
         help="inside a group: by RBF, evenly; or the stage's own expert, known (default: centroid)")
@@ -676,6 +676,7 @@ def main(args, stream, run):
                     )  # fmt: skip
                     pairs.append(layer.train_pair(A, B))
                 parameters = [p for pair in pairs for p in pair]
+                # no second rise of the rate: the expert begins with directions that were trained
                 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01)
             routing.buffer = k < warm
             lr = args.lr * schedule(k, len(steps), args.warm_up)

@@ -15,7 +15,8 @@ Streams
   ucit     6 datasets, one instruction and form of answer each    coin  8    trigap  10
   dcl      MLLM-CL's 5 domains; training and test data are alike (IID)
   acl      MLLM-CL's 4 abilities; training and test data are of different sources (non-IID), in the
-           mini stream, too: tests are at dusk, on a blackboard, with other things to be counted
+           mini stream, too: tests are at dusk, on a blackboard, with other things to be counted,
+           under a night filter
   FOLDER   any folder in the LLaVA layout below: bring your own
 
 Layout of the VQACL release (vqacl, vqav2, clt-vqa), and one record of it:
@@ -53,6 +54,7 @@ question rows; the instruction is neither):
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -133,7 +135,8 @@ SHORT = "Answer the question using a single word or phrase."
 # setting. Tiny values: chosen by experiment on the mini streams.
 REAL = {"lr": 2e-4, "warm_up": 0.03, "epochs": 1, "batch_size": 16, "accumulate": 1}
 TINY = {"lr": 1e-3, "warm_up": 0.1, "epochs": 1, "batch_size": 16, "accumulate": 1}
-# On a CPU a sixth of a step would go into drawing dropout masks.
+# LoRA on the projector lets the tiny model forget faster than it learns; on a CPU a sixth of a step
+# would go into drawing dropout masks.
 TINY |= {"targets": "q,v,gate,up,down", "dropout": 0.0}
 LORA = {"rank": 16, "alpha": 32.0, "dropout": 0.05, "targets": "q,v,projector"}
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "projector")
@@ -467,7 +470,8 @@ def mini_folder(name: str) -> Path:
 
     def current() -> bool:
         try:
-            return json.loads((folder / "manifest.json").read_text()) == manifest
+            found = json.loads((folder / "manifest.json").read_text())
+            return "sha256" in found and found | manifest == found
         except (OSError, ValueError):
             return False
 
@@ -478,7 +482,11 @@ def mini_folder(name: str) -> Path:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     mini.draw_stream(name, fresh, **manifest["settings"])
-    (fresh / "manifest.json").write_text(json.dumps(manifest))
+    digest = hashlib.sha256()
+    for path in sorted(path for path in fresh.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(fresh).as_posix().encode() + path.read_bytes())
+    drawn = manifest | {"sha256": digest.hexdigest()}
+    (fresh / "manifest.json").write_text(json.dumps(drawn))
     try:  # renamed only when complete: an interrupted drawing never looks finished
         if folder.exists() and not current():
             folder.rename(old)
@@ -574,6 +582,8 @@ def load_stream(args, problem=_stop) -> Stream:
     `problem`, hands it every fault. Images are looked up here and decoded by `load_image`."""
     name, row, root = _find(args)
     root = Path(os.path.abspath(root))
+    if (root / "manifest.json").exists():  # a drawn stream: a run on other drawings is another run
+        args.drawn_sha256 = read_json(root / "manifest.json", dict).get("sha256")
     spec = read_json(root / "stream.json", dict) if (root / "stream.json").exists() else {}
     names, suffix = spec.get("stages", row.stages), spec.get("suffix", row.suffix)
     cl4vqa = name == "vqav2" and not (root / "vqa").exists() and (root / "CL4VQA").exists()
@@ -727,21 +737,24 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--plot", nargs="+", metavar="RUN", help="draw the figures of finished runs (default: off)")
 
     add = parser.add_argument_group("model and training").add_argument
-    add("--epochs", type=int, metavar="E", help="passes over a stage (default: 1; 7B on vqacl 3)")
+    add("--epochs", type=int, metavar="E", help="passes over a stage "
+        "(default: 1; 7B on vqacl 3; tiny model on ucit, trigap and coin 3)")
     add("--lr", type=float, metavar="ETA", help="peak learning rate eta of AdamW, cosine per stage "
-        "(default: 2e-4, vqacl 1e-4; tiny model: by stream)")
+        "(default: 2e-4, vqacl 1e-4, dcl and acl 2e-5; tiny model: by stream)")
     add("--warm_up", type=float, metavar="W", help="share of a stage's steps in which the learning "
         "rate rises to eta (default: 0.03, vqacl 0.1; tiny model 0.1)")
     add("--batch_size", type=int, metavar="B",
-        help="samples per optimizer step (default: 16, vqacl 80; tiny model 16)")
+        help="samples per optimizer step (default: 16, vqacl 80, dcl and acl 64; tiny model 16)")
     add("--accumulate", type=int, metavar="N",
         help="micro-batches of B / N samples per step (default: 1; 7B on vqacl 5)")
-    add("--rank", type=int, metavar="R", help="LoRA rank r in W + (alpha / r) B A (default: 16)")
-    add("--alpha", type=float, help="LoRA alpha in W + (alpha / r) B A (default: 32)")
+    add("--rank", type=int, metavar="R", help="LoRA rank r in W + (alpha / r) B A "
+        "(default: 16; 7B on dcl and acl 128)")
+    add("--alpha", type=float, help="LoRA alpha in W + (alpha / r) B A "
+        "(default: 32; 7B on dcl and acl 256)")
     add("--dropout", type=float, metavar="P", help="before LoRA's A (default: 0.05; tiny model 0)")
     add("--targets", metavar="A,B,..",
-        help=f"layers with LoRA, of {','.join(TARGETS)} (default: {LORA['targets']}; tiny "
-        f"model: {TINY['targets']})")
+        help=f"layers with LoRA, of {','.join(TARGETS)} (default: {LORA['targets']}; dcl, "
+        f"acl: all; tiny model: {TINY['targets']})")
     add("--device", default="auto", help="auto, cpu or cuda[:N] (default: auto, cuda if present)")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
         help="of the frozen weights (default: auto, bf16 on cuda, else fp32)")

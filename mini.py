@@ -817,8 +817,8 @@ def contact_sheet(path: Path, columns: int = 6, zoom: int = 2) -> None:
 # 5. Mini streams, written in the released file formats
 # ---------------------------------------------------------------------------------------------
 
-# What the VQA streams have that the base model does not know: lamplight, and three things that are
-# in most of the pictures.
+# What the VQA streams have that the base model does not know: lamplight, and things without a name
+# for it, of which three are in most of the pictures.
 VQA_NAMES = tuple(OBJECTS) + 8 * ("bus", "kite", "banana")
 VQA_SIZE = {"train": 800, "val": 20, "test": 150}  # questions per stage
 DOMAINS = {  # its own things (others are rare); what the base model has no name for comes twice
@@ -940,10 +940,11 @@ def draw_domains(rng, folder: Path, size: float) -> None:
             records = []
             for k in range(round(n * size)):
                 kind = DOMAIN_KINDS[k % len(DOMAIN_KINDS)]
-                question = "red"
-                while any(color in question for color in COLORS):  # some domains change the colors
+                while True:
                     picture = scene(rng, 10 * names + tuple(OBJECTS))
                     question, answer = _ask(picture, kind)
+                    if not any(color in question for color in COLORS):  # some domains change them
+                        break
                 image, name = f"images/{split}_{k:05d}.png", f"{domain}_{split}_{k:05d}"
                 _save(domain_filter(rng, domain, picture.image), folder / domain / image)
                 if split == "train":
@@ -971,7 +972,7 @@ def infrared(image: np.ndarray) -> np.ndarray:
 
 
 def domain_filter(rng, domain: str, image: np.ndarray) -> np.ndarray:
-    """What a domain does to a picture [64, 64, 3] uint8. Answers keep the ORIGINAL color names."""
+    """What a domain does to a picture [64, 64, 3] uint8."""
     if domain == "negative":
         return negative(image)
     if domain == "recolored":
@@ -1186,7 +1187,9 @@ TASKS = {
         "VQAv2": vqav2,
         "OCRVQA": _word(window, "button-text", "button-color"),
     },
-    "dcl": {  # each domain as the base model has not seen it
+    # As the base model has not seen it, in look or, Fin, in the form of answers. Answers keep the
+    # names of the ORIGINAL colors.
+    "dcl": {
         "RS": _asked(aerial, "land", "house-count", "land-judge", look=infrared),
         "Med": _asked(slide, "cell-count", "cell-sick", "tumor", "stain", look=negative),
         "AD": _asked(road, "drive", "light", "car-side", "walker", look=lamplight),  # at sunset

@@ -271,14 +271,13 @@ def backward(model, batch, features, share):
 # --------------------------------------------------------------------------------------------------
 
 
-def train(model, parameters, samples, steps, micro, rate, collate, log, save, title, resumed=None):
+def train(model, parameters, samples, steps, micro, lr, warm_up, collate, log, save, title,
+          resumed=None):  # fmt: skip
     """Train the active adapter's `parameters` on `steps`, lists of indices of `samples`.
 
-    rate: (lr, warm_up). resumed: {"steps", "optimizer"} of an interrupted training.
-    save(steps, optimizer) is called after every step, log(line) too. InputError if the loss is
-    not finite.
+    resumed: {"steps", "optimizer"} of an interrupted training. save(steps, optimizer) is called
+    after every step, log(line) too. InputError if the loss is not finite.
     """
-    lr, warm_up = rate
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     begin = 0
     if resumed:
@@ -482,8 +481,8 @@ def main(args, stream, run):
                 )
 
         title = f"stage {t + 1}/{T} {stage.name} {phase}"
-        rate = lr, args.warm_up
-        train(model, parameters, samples, steps, micro, rate, collate, log, save, title, resumed)
+        train(model, parameters, samples, steps, micro, lr, args.warm_up, collate, log, save, title,
+              resumed)  # fmt: skip
         lap(phase)
 
     # ---- 7.4 Stage after stage ------------------------------------------------------------------
@@ -725,8 +724,10 @@ def plot(folders, path=None):
         if record["script"] != "mllm_cl" or "confusion" not in record:
             raise InputError(f"{folder}: these figures need finished runs of mllm_cl.py")
     keys = [key for key in records[0]["args"]
-            if key != "out" and len({str(r["args"][key]) for r in records}) > 1]  # fmt: skip
-    labels = [", ".join(f"{key} {r['args'][key]}" for key in keys) or r["args"]["router"]
+            if len({str(r["args"].get(key)) for r in records}) > 1]  # fmt: skip
+    if not keys and len(records) > 1:
+        raise InputError(f"{', '.join(map(str, folders))} are runs of the same settings and seed")
+    labels = [", ".join(f"{key} {r['args'].get(key)}" for key in keys) or r["args"]["router"]
               for r in records]  # fmt: skip
     runs, first = dict(zip(labels, records, strict=True)), records[0]
     figure_confusion(first, path)

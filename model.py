@@ -105,7 +105,7 @@ def image_tokens(model, processor):
 #     y = W x  +  (alpha / r) B A dropout(x)               A: [r, in], B: [out, r]
 #
 # B starts at zero, so training starts exactly at the pretrained model. Several adapters, each under
-# its own name, can sit on the same W; one of them, or none, is active.
+# its own name, can sit on the same W; one of them is active, or none, or some, added up.
 
 
 class LoRALinear(nn.Module):
@@ -198,13 +198,15 @@ def add_lora(model, name, rank, alpha, dropout, targets):
 def set_lora(model, *names):
     """Switch to an adapter; to none: all are off. Layers without it run bare.
 
-    Several are added up, with the scale and dropout of the last one.
+    Several are added up; ValueError unless they have one scale and dropout.
     """
     for name in names:
         if not _adapted(model, name):
             raise ValueError(f"there is no adapter {name!r}")
     for layer in _adapted(model).values():
         layer.active = tuple(name for name in names if name in layer.scale)
+        if len({(layer.scale[name], layer.dropout[name]) for name in layer.active}) > 1:
+            raise ValueError(f"adapters {layer.active} have different scales or dropout")
 
 
 def move_lora(model, name, device):

@@ -69,7 +69,7 @@ SWEEPS = {
             "stream, beta 5, w = 1": f"{ASR} --gamma 0 --skills stream --beta 5 --tau inf",
         },
     ),
-    # the same with the paper's LoRA targets, and at twice the learning rate, where drift is larger
+    # the same with the paper's LoRA targets, and at a higher learning rate, where drift is larger
     "search-targets": (
         ["domains", "vqacl"],
         SEARCH,
