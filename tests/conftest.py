@@ -268,4 +268,5 @@ def stream_folder(tmp_path_factory):
 def flags(stream_folder, tiny_folder):
     """The flags that all runs share."""
     text = f"--stream {stream_folder} --model {tiny_folder} --batch_size 4 --epochs 2 --lr 2e-2"
-    return [*text.split(), *"--dropout 0.05 --threads 1 --max_new_tokens 4".split()]
+    text += " --targets q,v,projector --dropout 0.05 --warm_up 0.5"
+    return [*text.split(), *"--threads 1 --max_new_tokens 4".split()]

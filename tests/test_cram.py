@@ -178,6 +178,11 @@ def results(run):
 
 
 @pytest.fixture(scope="module")
+def flags(flags):
+    return [*flags, "--targets", "q,k,v,o"]  # CRAM's projector stays frozen
+
+
+@pytest.fixture(scope="module")
 def cram_run(flags, tmp_path_factory):
     return run_here(
         "cram", [*flags, "--buffer_share", "0.5"], tmp_path_factory.mktemp("run") / "cram"

@@ -82,7 +82,8 @@ def test_a_run_leaves_its_records(asr_run):
     assert all(line["spectral"] == 0 for line in lines if line["stage"] == 1)
     assert all(line["spectral"] > 0 and line["weight"] > 0 for line in lines if line["stage"] > 1)
     assert all(line["geometry"] > 0 for line in lines[1:])  # at the first step LoRA is still zero
-    assert all(abs(lines[k]["lr"] - 2e-2) < 1e-12 for k in (0, 6, 12))  # a cosine per stage
+    rates = [1 / 3, 2 / 3, 1, 1, 0.75, 0.25]  # three steps up, then a cosine; in every stage
+    assert [line["lr"] / 2e-2 for line in lines] == pytest.approx(3 * rates)
     summary = json.loads((asr_run / "summary.json").read_text())
     assert summary["tower_runs"] == 3 * 17 - 2  # every image once; two samples have none
     assert summary["prototype_floats"] == 2 * (2 * 40 + 8 + 1)
