@@ -107,13 +107,25 @@ SWEEPS = {
 
 
 CRAM, MR_LORA = "cram.py", "mllm_cl.py"
+SAME_LAYERS = "--targets q,k,v,o --rank 9 --alpha 18"  # as CRAM's experts
 SWEEPS |= {
+    # what sequential LoRA ends best with on the streams of the other two methods
+    "rate-cram": (
+        ["ucit", "trigap"],
+        range(2),
+        {f"lr {rate}": f"{SEQUENTIAL} {SAME_LAYERS} --lr {rate}" for rate in RATES[1:]},
+    ),
+    "rate-mr-lora": (
+        ["dcl", "acl"],
+        range(2),
+        {f"lr {rate}": f"{SEQUENTIAL} --lr {rate}" for rate in RATES[1:]},
+    ),
     # CRAM beside what it has to beat; sequential LoRA has the same layers and rank
     "cram": (
         ["ucit", "trigap"],
         range(5),
         {
-            "sequential": f"{SEQUENTIAL} --targets q,k,v,o --rank 9 --alpha 18",
+            "sequential": f"{SEQUENTIAL} {SAME_LAYERS} --lr 5e-4",
             "one LoRA a task, task known": f"{CRAM} --buffer_share 0 --no-reuse --routing oracle",
             "CRAM": CRAM,
             "CRAM, the paper's constants": f"{CRAM} --paper_constants",
