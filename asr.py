@@ -129,8 +129,8 @@ def parse(argv=None):
     add("--bins", type=int, default=8, metavar="K",
         help="radial and angular bins, K = M (default: 8)")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
-    add("--eval_batch_size", type=int, default=64, metavar="B",
-        help="questions answered at once (default: 64)")
+    add("--eval_batch_size", type=int, default=32, metavar="B",
+        help="questions answered at once (default: 32)")
     add("--max_new_tokens", type=int, default=16, metavar="N", help="longest answer (default: 16)")
     add("--save_every", type=int, default=100, metavar="N",
         help="checkpoint every N steps inside a stage too; 0: after stages only (default: 100)")

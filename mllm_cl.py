@@ -92,8 +92,8 @@ def parse(argv=None):
     add("--router_batch", type=int, metavar="B",
         help="samples per step of the router (default: 32; tiny model 16)")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
-    add("--eval_batch_size", type=int, default=64, metavar="B",
-        help="questions answered at once (default: 64)")
+    add("--eval_batch_size", type=int, default=32, metavar="B",
+        help="questions answered at once (default: 32)")
     add("--max_new_tokens", type=int, default=16, metavar="N", help="longest answer (default: 16)")
     add("--save_every", type=int, default=100, metavar="N",
         help="checkpoint every N steps inside a stage too; 0: after each part (default: 100)")
