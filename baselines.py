@@ -15,6 +15,8 @@ asr.py's, whose run without any method it is: `diff asr.py baselines.py` shows w
                 the stage's own data (Li and Hoiem 2016, arXiv 1606.09282)
     olora       a new LoRA for every stage, added to the frozen ones of earlier stages and held
                 orthogonal to them (Wang et al. 2023, arXiv 2310.14152)
+    moelora     sequential, with a LoRA cut into --experts that a gate mixes token by token (Chen et
+                al. 2024, CoIN, arXiv 2403.08350)
 
     python baselines.py --method sequential --stream vqacl        mini stream, tiny LLaVA: minutes
     python baselines.py --method joint --stream vqacl --data DIR --model llava-hf/llava-1.5-7b-hf
@@ -29,7 +31,8 @@ answers drawn from the model; the quadratic terms of all stages are kept as one.
 old tasks: the words of an answer are one output layer for all stages; old and new model are
 compared word by word along the given answer, and the loss is times T^2, so that T does not change
 its weight. olora adds up absolute values as its release does (the paper has squares), and has no
-penalty on the size of the new LoRA.
+penalty on the size of the new LoRA. moelora's scale is alpha / (r / experts), so that even gates
+make it a plain LoRA (a guess), and its gates begin even.
 """
 
 import argparse
@@ -62,7 +65,7 @@ from data import (
 # --------------------------------------------------------------------------------------------------
 
 
-METHODS = ["zeroshot", "sequential", "joint", "replay", "ewc", "lwf", "olora"]
+METHODS = ["zeroshot", "sequential", "joint", "replay", "ewc", "lwf", "olora", "moelora"]
 
 
 # fmt: off
@@ -86,6 +89,8 @@ def parse(argv=None):
     add("--olora_lambda", type=float, default=0.5, metavar="LAMBDA_1",
         help="olora: weight of the sum of |A_i A_t^T| over earlier stages i (default: 0.5, its "
         "release's)")
+    add("--experts", type=int, default=8, metavar="E",
+        help="moelora: experts that share the rank (default: 8)")
     add("--blind", action="store_true",
         help="at the end test with black images, too: what is known without looking")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
@@ -103,6 +108,8 @@ def parse(argv=None):
     for name in "eval_batch_size max_new_tokens buffer fisher_samples lwf_temperature".split():
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)} must be above zero")
+    if args.experts < 1:
+        raise InputError(f"--experts {args.experts} must be 1 or more")
     if args.out is None and not args.plot:
         args.out = f"runs/{args.method}-{Path(args.stream).resolve().name}-{args.seed}"
     return args
@@ -120,7 +127,8 @@ if __name__ == "__main__":
         fail(error)
 
 import torch  # noqa: E402
-from torch.nn.functional import kl_div  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch.nn.functional import dropout, kl_div, linear  # noqa: E402
 
 from model import (  # noqa: E402
     add_lora,
@@ -139,6 +147,7 @@ from model import (  # noqa: E402
     set_lora,
     set_random_state,
     set_up,
+    target_paths,
     to_device,
 )
 
@@ -192,6 +201,36 @@ def remember(memory, fisher, parameters):
     total = [a + b for a, b in zip(memory["F"], fisher, strict=True)]
     parts = zip(memory["F"], memory["theta"], fisher, now, total, strict=True)
     return {"F": total, "theta": [(a * x + b * y) / c.clamp(min=1e-30) for a, x, b, y, c in parts]}
+
+
+class MoELoRALinear(torch.nn.Module):
+    """y = W x + (alpha E / r) B (g * A x) for x [..., in]; g = softmax(G x), [..., E], weighs the
+    experts, each of which has r / E of the rows of A."""
+
+    def __init__(self, base, rank, alpha, dropout, experts):
+        super().__init__()
+        self.base, self.dropout, self.scale = base, dropout, alpha * experts / rank
+        device, n = base.weight.device, base.in_features
+        a = torch.nn.init.kaiming_uniform_(torch.empty(rank, n), a=5**0.5)
+        self.A = torch.nn.Parameter(a.to(device))
+        self.B = torch.nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.G = torch.nn.Parameter(torch.zeros(experts, n, device=device))
+
+    def forward(self, x):
+        y, x = self.base(x), x.to(self.A.dtype)
+        g = linear(x, self.G).softmax(-1).repeat_interleave(len(self.A) // len(self.G), -1)
+        h = linear(dropout(x, self.dropout, self.training), self.A) * g * self.scale
+        return (y + linear(h, self.B)).to(y.dtype)
+
+
+def add_mixture(model, rank, alpha, dropout, targets, experts):
+    """Put a MoELoRALinear on every target layer; returns its parameters."""
+    parameters = []
+    for path in target_paths(model, targets):
+        layer = MoELoRALinear(model.get_submodule(path), rank, alpha, dropout, experts)
+        model.set_submodule(path, layer.train(model.training))
+        parameters += [layer.A, layer.B, layer.G]
+    return parameters
 
 
 # --------------------------------------------------------------------------------------------------
@@ -286,6 +325,8 @@ def main(args, stream, run):
         clock = now
 
     # ---- 7.1 The model: a frozen LLaVA with LoRA -------------------------------------------------
+    if args.method == "moelora" and args.rank % args.experts:
+        raise InputError(f"cannot divide --rank {args.rank} by --experts {args.experts}")
     model, processor, cache = set_up(args)
     torch.manual_seed(args.seed)
     parameters, earlier, adapters = [], [], []  # trained; olora: frozen ones; names of all in use
@@ -301,7 +342,10 @@ def main(args, stream, run):
         parameters = add_lora(model, adapters[-1], args.rank, args.alpha, args.dropout, targets)
         set_lora(model, *adapters)
 
-    if args.method != "zeroshot":
+    if args.method == "moelora":
+        more = args.rank, args.alpha, args.dropout, targets, args.experts
+        parameters = add_mixture(model, *more)
+    elif args.method != "zeroshot":
         new_adapter()
     if args.method == "lwf":
         for p in add_lora(model, BEFORE, args.rank, args.alpha, 0.0, targets):
@@ -342,6 +386,9 @@ def main(args, stream, run):
             load_lora_state(model, name, saved)
         if args.method == "lwf":
             load_lora_state(model, BEFORE, state["before"])
+        if args.method == "moelora":
+            for p, saved in zip(parameters, state["mixture"], strict=True):
+                p.data.copy_(saved)
         if args.method == "ewc" and state["memory"]:
             memory = {k: [x.to(model.device) for x in v] for k, v in state["memory"].items()}
         set_random_state(state["random"])
@@ -355,6 +402,8 @@ def main(args, stream, run):
         state |= {"lora": {name: lora_state(model, name) for name in adapters}, "memory": memory}
         if args.method == "lwf":
             state["before"] = lora_state(model, BEFORE)
+        if args.method == "moelora":
+            state["mixture"] = [p.detach().cpu() for p in parameters]
         state |= {"matrix": torch.tensor(matrix), "novel": torch.tensor(novel)}
         save_checkpoint(run, state | {"seconds": seconds, "threads": torch.get_num_threads()})
 
@@ -470,8 +519,13 @@ def main(args, stream, run):
         with torch.no_grad():
             for k, p in enumerate(joined):
                 p.copy_(torch.cat([own[k] for own in layers], k % 2))
-    if parameters:
+    if adapters:
         save_lora(model, "all" if earlier else ADAPTER, run / "lora", args.model)
+    if args.method == "moelora":  # peft has no such adapter: our own names
+        names = {p: name for name, p in model.named_parameters()}
+        (run / "lora").mkdir(exist_ok=True)
+        kept = {names[p]: p.detach().cpu() for p in parameters}
+        save_file(kept, run / "lora" / "adapter_model.safetensors")
     lap("end")
     summary |= {"seconds": sum(seconds.values()), "seconds_by_part": seconds}
     evaluation.finish_run(run, summary)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_scripts import kill_after, results, run_here
 
 import baselines
-from data import Collator
+from data import Collator, InputError
 from model import add_lora, forward, image_tokens, remove_lora, set_lora
 
 
@@ -127,22 +127,46 @@ def test_olora_leaves_earlier_stages_alone(flags, tmp_path):
         assert torch.equal(own, value)
 
 
+def test_even_gates_are_a_plain_lora_and_a_sharp_gate_is_one_expert():
+    torch.manual_seed(2)
+    layer = baselines.MoELoRALinear(torch.nn.Linear(10, 6), 8, 16.0, 0.0, 4)
+    torch.nn.init.normal_(layer.B)
+    x = torch.randn(3, 5, 10)
+    plain = layer.base(x) + 2 * x @ layer.A.T @ layer.B.T
+    torch.testing.assert_close(layer(x), plain)
+    with torch.no_grad():
+        layer.G[2] = 1000 * x[0, 0]
+    own = layer.base(x[0, 0]) + 8 * layer.B[:, 4:6] @ layer.A[4:6] @ x[0, 0]
+    torch.testing.assert_close(layer(x)[0, 0], own, rtol=1e-4, atol=1e-4)
+
+
 def losses(run):
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["ewc", "lwf", "olora"])
+@pytest.mark.parametrize("method", ["ewc", "lwf", "olora", "moelora"])
 def test_a_method_begins_where_it_has_nothing_to_protect(method, flags, tmp_path):
     """The first stage, and the loss of the second's first step, are those of sequential LoRA; what
     follows is not. A killed run that goes on ends with the same bytes."""
     flags = [*flags, "--dropout", "0", "--fisher_samples", "8", "--targets", "q,v,projector"]
-    strong = {"ewc": ["--ewc_lambda", "1e6"], "lwf": ["--lwf_lambda", "10"],
-              "olora": ["--olora_lambda", "0.1"]}[method]  # fmt: skip
+    strong = {
+        "ewc": ["--ewc_lambda", "1e6"],
+        "lwf": ["--lwf_lambda", "10"],
+        "olora": ["--olora_lambda", "0.1"],
+        "moelora": ["--experts", "4"],
+    }[method]
+    if method == "moelora":
+        with pytest.raises(InputError, match="--rank 16 by --experts 3"):
+            uneven = [*flags, "--method", method, "--experts", "3"]
+            run_here("baselines", uneven, tmp_path / "uneven")
     plain = losses(run_here("baselines", flags, tmp_path / "sequential"))
     whole = run_here("baselines", [*flags, "--method", method, *strong], tmp_path / "whole")
     own = losses(whole)
-    assert own[:6] == plain[:6]
-    if method != "olora":  # its penalty is there from the first step on
+    if method == "moelora":  # begins as the pretrained model, like any LoRA
+        assert own[0] == pytest.approx(plain[0], rel=1e-5)
+    else:
+        assert own[:6] == plain[:6]
+    if method in ("ewc", "lwf"):  # olora's penalty is there from the first step on
         assert own[6] == pytest.approx(plain[6], rel=1e-5)
     assert all(abs(a - b) > 1e-4 for a, b in zip(own[8:12], plain[8:12], strict=True))
     if method == "lwf":  # what is kept in stage 3 is what stage 2 ended with, not stage 1
