@@ -255,7 +255,7 @@ def regime_table(markdown: bool) -> str:
         for record in records_of("regime", stream).values():
             rows.setdefault(record["label"], []).append(record)
         if len(rows) < 3:
-            columns.append(["missing"] * 7)
+            columns.append(["missing"] * 8)
             continue
         mean = {k: np.mean([r["metrics"]["AP"] for r in v]) for k, v in rows.items()}
         forgotten = np.mean([r["metrics"]["AF"] for r in rows["sequential"]])
@@ -263,12 +263,14 @@ def regime_table(markdown: bool) -> str:
         gaps = {k: np.mean([x[k][0] - x[k][1] for x in kinds]) for k in kinds[0] if k != "judge"}
         least = min(gaps, key=gaps.get)
         columns.append([
+            ", ".join(str(r["seed"]) for r in rows["sequential"]),
             f"{mean['zeroshot']:.1f}", f"{mean['joint']:.1f}",
             f"{100 * mean['zeroshot'] / mean['joint']:.0f}%", f"{mean['sequential']:.1f}",
             f"{forgotten:.1f}", f"{mean['joint'] - mean['sequential']:.1f}",
             f"{gaps[least]:.1f} ({least})",
         ])  # fmt: skip
     what = (
+        ("seeds so far", f"0 to {SEARCH[-1]}"),
         ("zero-shot AP", ""),
         ("joint AP", ""),
         ("zero-shot / joint", "30% to 90%"),
