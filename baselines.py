@@ -1,7 +1,7 @@
 """The rows that every method is compared with: from zero-shot to joint training, and classics.
 
 A reference script: read it from top to bottom, copy it, edit it. Its sections have the numbers of
-asr.py's, whose run without any method it is: `diff asr.py baselines.py` shows what a method adds.
+asr.py's, whose run with both losses off is --method sequential.
 
     zeroshot    the pretrained model, tested on every stage: what there is to start from
     sequential  one LoRA adapter trained on stage after stage: the lower bound that a method must

@@ -582,8 +582,8 @@ def load_stream(args, problem=_stop) -> Stream:
     `problem`, hands it every fault. Images are looked up here and decoded by `load_image`."""
     name, row, root = _find(args)
     root = Path(os.path.abspath(root))
-    if (root / "manifest.json").exists():  # a drawn stream: a run on other drawings is another run
-        args.drawn_sha256 = read_json(root / "manifest.json", dict).get("sha256")
+    if args.stream in STREAMS and not args.data:  # drawn: a run on other drawings is another run
+        args.drawn_sha256 = read_json(root / "manifest.json", dict)["sha256"]
     spec = read_json(root / "stream.json", dict) if (root / "stream.json").exists() else {}
     names, suffix = spec.get("stages", row.stages), spec.get("suffix", row.suffix)
     cl4vqa = name == "vqav2" and not (root / "vqa").exists() and (root / "CL4VQA").exists()

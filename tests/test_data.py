@@ -797,3 +797,16 @@ def test_check_without_any_usable_file(vqa, checked_model, capsys):
     words = ["--stream", "vqav2", "--data", vqa, "--model", checked_model]
     assert data.main([str(word) for word in words]) == 1
     assert "line 1 column 2" in capsys.readouterr().out
+
+
+def test_a_folder_may_be_called_like_a_stream(tmp_path):
+    """Only what is drawn by mini.py has a manifest; a folder of one's own needs none."""
+    home = tmp_path / "dcl" / "one"
+    home.mkdir(parents=True)
+    turns = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
+    (home / "train.json").write_text(json.dumps([{"id": "0", "conversations": turns}]))
+    test = [{"question_id": "0", "text": "1 + 1?", "answer": "2"}]
+    (home / "test.json").write_text(json.dumps(test))
+    args = flags("--stream", tmp_path / "dcl")
+    assert [s.name for s in data.load_stream(args).stages] == ["one"]
+    assert not hasattr(args, "drawn_sha256")
