@@ -36,6 +36,22 @@ SEARCH, REPORT = range(5), range(5, 10)  # seeds to choose settings on, and seed
 
 SEQUENTIAL, ASR = "baselines.py --method sequential", "asr.py"
 RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")
+PAPER_TARGETS = "q,v,projector"
+
+
+def search_rows(flags=""):
+    """Sequential LoRA; ASR without L_geo at the paper's weight, 10 and 100 times of it."""
+    strong = "--gamma 0 --skills shared --tau inf"
+    rows = {
+        "sequential": SEQUENTIAL,
+        "stream": f"{ASR} --gamma 0 --skills stream",
+        "parser": f"{ASR} --gamma 0 --skills parser",
+        "shared": f"{ASR} --gamma 0 --skills shared",
+        "shared, beta 5, w = 1": f"{ASR} {strong} --beta 5",
+        "shared, beta 50, w = 1": f"{ASR} {strong} --beta 50",
+    }
+    return {label: f"{command} {flags}".strip() for label, command in rows.items()}
+
 
 SWEEPS = {
     # what a new user runs first
@@ -56,37 +72,18 @@ SWEEPS = {
         range(3),
         {f"lr {rate}": f"{SEQUENTIAL} --lr {rate}" for rate in RATES},
     ),
-    # which skills, weight and strength make the spectral loss help: seeds 0 to 4
-    "search": (
-        ["domains", "vqacl"],
-        SEARCH,
-        {
-            "sequential": SEQUENTIAL,
-            "stream": f"{ASR} --gamma 0 --skills stream",
-            "parser": f"{ASR} --gamma 0 --skills parser",
-            "shared": f"{ASR} --gamma 0 --skills shared",
-            "stream, beta 5": f"{ASR} --gamma 0 --skills stream --beta 5",
-            "stream, beta 5, w = 1": f"{ASR} --gamma 0 --skills stream --beta 5 --tau inf",
-        },
-    ),
-    # the same with the paper's LoRA targets, and at a higher learning rate, where drift is larger
+    # Which skills, weight and LoRA targets make the spectral loss help? Many settings on two seeds,
+    # with our targets, with the paper's, and with the paper's at a rate where attention drifts far.
+    "search": (["domains", "vqacl"], SEARCH[:2], search_rows()),
     "search-targets": (
         ["domains", "vqacl"],
-        SEARCH,
-        {
-            "sequential": f"{SEQUENTIAL} --targets q,v,projector",
-            "stream": f"{ASR} --gamma 0 --targets q,v,projector",
-            "stream, beta 5": f"{ASR} --gamma 0 --beta 5 --targets q,v,projector",
-        },
+        SEARCH[:2],
+        search_rows(f"--targets {PAPER_TARGETS} --lr 4e-3"),
     ),
-    "search-rate": (
+    "search-drift": (
         ["domains", "vqacl"],
-        SEARCH,
-        {
-            "sequential": f"{SEQUENTIAL} --lr 4e-3",
-            "stream": f"{ASR} --gamma 0 --lr 4e-3",
-            "stream, beta 5": f"{ASR} --gamma 0 --beta 5 --lr 4e-3",
-        },
+        SEARCH[:2],
+        search_rows(f"--targets {PAPER_TARGETS} --lr 1e-2"),
     ),
     # the four rows of the paper's ablation, for every kind of skills, on seeds not used before
     "report": (
