@@ -17,6 +17,7 @@ expert, and says a letter. Then the expert of this letter answers.
 
     python mllm_cl.py --stream dcl                      mini stream, tiny LLaVA: laptop, minutes
     python mllm_cl.py --stream acl --router prototype   another router
+    python mllm_cl.py --stream acl --router oracle --experts RUN    another one, for RUN's experts
     python mllm_cl.py --stream dcl --data DIR --model llava-hf/llava-1.5-7b-hf     one GPU
     python mllm_cl.py --plot RUN [RUN ...]              the figures from saved runs
 
@@ -91,6 +92,8 @@ def parse(argv=None):
         help="passes over the kept samples (default: 40; tiny model 10)")
     add("--router_batch", type=int, metavar="B",
         help="samples per step of the router (default: 32; tiny model 16)")
+    add("--experts", metavar="RUN",
+        help="take the experts of this finished run with the same settings, train only routers")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
     add("--eval_batch_size", type=int, default=32, metavar="B",
         help="questions answered at once (default: 32)")
@@ -107,9 +110,13 @@ def parse(argv=None):
     return args
 
 
+SHAPING = """stream data drawn_sha256 model legacy limit seed epochs lr warm_up batch_size
+    accumulate rank alpha dropout targets""".split()  # what an expert depends on; not on --order
+
+
 def check_stream(args, stream):
-    """Fill the router's defaults; InputError if there are more tasks than letters, or if a task
-    has no description for the router to read."""
+    """Fill the router's defaults; InputError if there are more tasks than letters, if a task has no
+    description for the router to read, or if the run of --experts has other experts."""
     tiny = text_width(args.model) < 512
     args.router_lr = args.router_lr or (4e-3 if tiny else 5e-6)
     args.router_epochs = args.router_epochs or (10 if tiny else 40)
@@ -124,6 +131,21 @@ def check_stream(args, stream):
         if len(stage.train) < args.shots:
             print(f"{stage.name} has {len(stage.train)} samples, fewer than --shots {args.shots}: "
                   "all are kept")
+    if args.experts:
+        record = evaluation.read_run(args.experts)
+        if record["script"] != "mllm_cl" or "seconds_by_part" not in record:
+            raise InputError(f"--experts {args.experts} is no finished run of mllm_cl.py")
+        was = record["args"]
+        for key in SHAPING:
+            old, new = was.get(key), getattr(args, key, None)
+            if old != new:
+                raise InputError(f"the experts of {args.experts} were trained with --{key} {old}, "
+                                 f"and now --{key} is {new}: use the same, or train without "
+                                 "--experts")
+        for stage in stream.stages:
+            folder = Path(args.experts) / "experts" / stage.name
+            if not folder.is_dir():
+                raise InputError(f"--experts: {folder} is missing; train without --experts")
     return args
 # fmt: on
 
@@ -495,7 +517,12 @@ def main(args, stream, run):
             orders = [train_order(stage, args.seed, e, args.epochs) for e in range(args.epochs)]
             size = args.batch_size
             steps = [order[k : k + size] for order in orders for k in range(0, len(order), size)]
-            learn(expert_name(stage), "expert", stage.train, steps, micro, args.lr)
+            if args.experts:  # their time counts as if they had been trained here
+                load_lora(model, expert_name(stage), Path(args.experts) / "experts" / stage.name)
+                was = evaluation.read_run(args.experts)["seconds_by_part"]
+                seconds["expert"] = was["expert"] * (t + 1) / T
+            else:
+                learn(expert_name(stage), "expert", stage.train, steps, micro, args.lr)
             save_lora(model, expert_name(stage), run / "experts" / stage.name, args.model)
             if args.router == "prototype":
                 parts = [stage.train[k : k + 64] for k in range(0, len(stage.train), 64)]

@@ -104,6 +104,7 @@ SWEEPS = {
 
 
 CRAM, MR_LORA = "cram.py", "mllm_cl.py"
+SAME_EXPERTS = f"--experts {RUNS}/{MR_LORA}-{{stream}}-{{seed}}"  # of the row without flags
 SAME_LAYERS = "--targets q,k,v,o --rank 9 --alpha 18"  # as CRAM's experts
 SWEEPS |= {
     # what sequential LoRA ends best with on the streams of the other two methods
@@ -150,9 +151,9 @@ SWEEPS |= {
             "replay, 20 a task": "baselines.py --method replay",
             "joint": "baselines.py --method joint",
             "MR-LoRA": MR_LORA,
-            "MR-LoRA, generate": f"{MR_LORA} --router generate",
-            "MR-LoRA, prototype": f"{MR_LORA} --router prototype",
-            "MR-LoRA, oracle": f"{MR_LORA} --router oracle",
+            "MR-LoRA, generate": f"{MR_LORA} --router generate {SAME_EXPERTS}",
+            "MR-LoRA, prototype": f"{MR_LORA} --router prototype {SAME_EXPERTS}",
+            "MR-LoRA, oracle": f"{MR_LORA} --router oracle {SAME_EXPERTS}",
         },
     ),
 }
@@ -191,8 +192,12 @@ def cells(name: str):
             for label, command in rows.items():
                 stem = f"{file_name(label)}-{stream}-{seed}"
                 # named by its command: two sweeps that ask for the same run share it
-                out = RUNS / f"{file_name(command.replace('--', ''))}-{stream}-{seed}"
-                line = f"{command} --stream {stream} --seed {seed} --threads 1 --out {out}"
+                out = (
+                    RUNS
+                    / f"{file_name(command.split(' --exp')[0].replace('--', ''))}-{stream}-{seed}"
+                )
+                own = command.format(stream=stream, seed=seed)
+                line = f"{own} --stream {stream} --seed {seed} --threads 1 --out {out}"
                 yield RESULTS / name / f"{stem}.json", line
 
 
@@ -346,8 +351,11 @@ def main() -> None:
         print("\n".join(f"python {line}" for _, line in todo))
         return
     if not args.table:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            errors = [e for e in pool.map(lambda cell: run_cell(*cell), todo) if e]
+        errors = []
+        for later in (False, True):  # cells that take the experts of another cell wait for it
+            part = [cell for cell in todo if ("--experts" in cell[1]) == later]
+            with ThreadPoolExecutor(args.jobs) as pool:
+                errors += [e for e in pool.map(lambda cell: run_cell(*cell), part) if e]
         for error in errors:
             print(f"error: {error}", file=sys.stderr)
         if errors:

@@ -146,6 +146,23 @@ def test_every_router_runs(more, flags, tmp_path):
     assert router == ("prototype" not in more)
 
 
+def test_experts_of_another_run_give_the_same_bytes(mllm_run, flags, tmp_path):
+    run = run_here("mllm_cl", [*flags, "--experts", str(mllm_run)], tmp_path / "run")
+    assert results(run) == results(mllm_run)
+    parts = json.loads((run / "summary.json").read_text())["seconds_by_part"]
+    was = json.loads((mllm_run / "summary.json").read_text())["seconds_by_part"]
+    assert parts["expert"] == was["expert"]  # what they cost is not forgotten
+
+
+def test_experts_of_another_run_must_fit(mllm_run, flags, tmp_path):
+    for more, sentence in (
+        (["--lr", "0.123"], "--lr .* and now --lr is 0.123"),
+        (["--experts", str(tmp_path)], "is no run folder"),
+    ):
+        with pytest.raises(data.InputError, match=sentence):
+            run_here("mllm_cl", [*flags, "--experts", str(mllm_run), *more], tmp_path / "run")
+
+
 def test_an_expert_is_a_peft_adapter(mllm_run):
     state = load_file(mllm_run / "experts" / "one" / "adapter_model.safetensors")
     config = json.loads((mllm_run / "experts" / "one" / "adapter_config.json").read_text())
