@@ -17,6 +17,9 @@ asr.py's, whose run with both losses off is --method sequential.
                 orthogonal to them (Wang et al. 2023, arXiv 2310.14152)
     moelora     sequential, with a LoRA cut into --experts that a gate mixes token by token (Chen et
                 al. 2024, CoIN, arXiv 2403.08350)
+    hide        a new LoRA for every stage, trained alone; tests add all of them up, but in the last
+                decoder layer each counts by how much image and question are like its stage's (Guo
+                et al. 2025, HiDe-LLaVA, arXiv 2503.12941)
 
     python baselines.py --method sequential --stream vqacl        mini stream, tiny LLaVA: minutes
     python baselines.py --method joint --stream vqacl --data DIR --model llava-hf/llava-1.5-7b-hf
@@ -32,7 +35,10 @@ old tasks: the words of an answer are one output layer for all stages; old and n
 compared word by word along the given answer, and the loss is times T^2, so that T does not change
 its weight. olora adds up absolute values as its release does (the paper has squares), and has no
 penalty on the size of the new LoRA. moelora's scale is alpha / (r / experts), so that even gates
-make it a plain LoRA (a guess), and its gates begin even.
+make it a plain LoRA (a guess), and its gates begin even. hide adds up the products B_i A_i; its
+release adds up the B_i and the A_i, and multiplies then, so that B_i meets A_j. Its likeness is
+that of LLaVA's own frozen features, its release's that of CLIP's; the projector is a LoRA or frozen
+and not one that all stages train.
 """
 
 import argparse
@@ -65,7 +71,7 @@ from data import (
 # --------------------------------------------------------------------------------------------------
 
 
-METHODS = ["zeroshot", "sequential", "joint", "replay", "ewc", "lwf", "olora", "moelora"]
+METHODS = ["zeroshot", "sequential", "joint", "replay", "ewc", "lwf", "olora", "moelora", "hide"]
 
 
 # fmt: off
@@ -91,6 +97,10 @@ def parse(argv=None):
         "release's)")
     add("--experts", type=int, default=8, metavar="E",
         help="moelora: experts that share the rank (default: 8)")
+    add("--hide_temperature", type=float, default=0.1, metavar="T",
+        help="hide: weights of the last layer are softmax(likeness / T) (default: 0.1)")
+    add("--hide_fusion", type=float, default=1.0, metavar="W",
+        help="hide: weight of every LoRA in the other layers (default: 1, its release's)")
     add("--blind", action="store_true",
         help="at the end test with black images, too: what is known without looking")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
@@ -105,11 +115,14 @@ def parse(argv=None):
     for name in ("ewc_lambda", "lwf_lambda", "olora_lambda"):
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)} must be zero or more")
-    for name in "eval_batch_size max_new_tokens buffer fisher_samples lwf_temperature".split():
+    above_zero = "eval_batch_size max_new_tokens buffer fisher_samples lwf_temperature"
+    for name in (above_zero + " hide_temperature hide_fusion").split():
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)} must be above zero")
     if args.experts < 1:
         raise InputError(f"--experts {args.experts} must be 1 or more")
+    if args.blind and args.method == "hide":
+        raise InputError("--blind: hide chooses by the image; use another --method")
     if args.out is None and not args.plot:
         args.out = f"runs/{args.method}-{Path(args.stream).resolve().name}-{args.seed}"
     return args
@@ -128,7 +141,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from torch.nn.functional import dropout, kl_div, linear  # noqa: E402
+from torch.nn.functional import cosine_similarity, dropout, kl_div, linear  # noqa: E402
 
 from model import (  # noqa: E402
     add_lora,
@@ -147,12 +160,13 @@ from model import (  # noqa: E402
     set_lora,
     set_random_state,
     set_up,
+    share_lora,
     target_paths,
     to_device,
 )
 
 # --------------------------------------------------------------------------------------------------
-# 3. The memory: of replay, of ewc
+# 3. The memory: of replay, of ewc, of hide
 # --------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +215,36 @@ def remember(memory, fisher, parameters):
     total = [a + b for a, b in zip(memory["F"], fisher, strict=True)]
     parts = zip(memory["F"], memory["theta"], fisher, now, total, strict=True)
     return {"F": total, "theta": [(a * x + b * y) / c.clamp(min=1e-30) for a, x, b, y, c in parts]}
+
+
+@torch.no_grad()
+def frozen_features(model, processor, cache, samples):
+    """Means over a sample's image tokens, [N, c] (zeros without an image), and over the embeddings
+    of its question, [N, d], less the mean of the embedding table."""
+    table = model.get_input_embeddings().weight.float()
+    asked = processor.tokenizer([s.question for s in samples], add_special_tokens=False)
+    words = torch.stack([table[ids].mean(0) for ids in asked["input_ids"]]) - table.mean(0)
+    seen = image_features(cache, samples)
+    images = torch.zeros(len(samples), model.config.vision_config.hidden_size, device=model.device)
+    if seen is not None:
+        images[[s.image is not None for s in samples]] = seen.float().mean(1)
+    return images, words
+
+
+def anchors(model, processor, cache, samples):
+    """hide: what the images and the questions of a stage are like, [c] and [d]."""
+    parts = [frozen_features(model, processor, cache, samples[k : k + 64])
+             for k in range(0, len(samples), 64)]  # fmt: skip
+    return [torch.cat(x).mean(0) for x in zip(*parts, strict=True)]
+
+
+def likeness(features, memory):
+    """Mean cosine of N samples' images and questions with those of t stages: [N, t].
+
+    features: [N, c] and [N, d]; memory: the stages' anchors.
+    """
+    pairs = zip(features, zip(*memory, strict=True), strict=True)
+    return sum(cosine_similarity(x[:, None], torch.stack(kept)[None], -1) for x, kept in pairs) / 2
 
 
 class MoELoRALinear(torch.nn.Module):
@@ -292,10 +336,14 @@ def backward(model, batch, features, share, args, t):
 # --------------------------------------------------------------------------------------------------
 
 
-def evaluate_stage(model, processor, cache, collator, stage, args, title, blind=False):
-    """Rows of eval.evaluate; blind: every image is black."""
+def evaluate_stage(model, processor, cache, collator, stage, args, title, blind=False, memory=None):
+    """Rows of eval.evaluate; blind: every image is black; memory: hide's anchors."""
 
     def answer(samples):
+        if memory:
+            alike = likeness(frozen_features(model, processor, cache, samples), memory)
+            fused = torch.full((1, len(memory)), args.hide_fusion, device=model.device)
+            share_lora(model, fused, last=(alike / args.hide_temperature).softmax(1))
         batch = to_device(collator(samples, train=False), model.device)
         features = image_features(cache, samples)
         if blind and features is not None:
@@ -340,7 +388,7 @@ def main(args, stream, run):
         earlier.extend([parameters] if parameters else [])
         adapters.append(f"{ADAPTER}-{len(adapters) + 1}" if adapters else ADAPTER)
         parameters = add_lora(model, adapters[-1], args.rank, args.alpha, args.dropout, targets)
-        set_lora(model, *adapters)
+        set_lora(model, *adapters if args.method == "olora" else adapters[-1:])
 
     if args.method == "moelora":
         more = args.rank, args.alpha, args.dropout, targets, args.experts
@@ -376,7 +424,7 @@ def main(args, stream, run):
 
     # ---- 7.3 Records, from the checkpoint if there is one ---------------------------------------
     matrix, novel = np.full((T, T), np.nan), np.full((T, T), np.nan)
-    memory = None  # of ewc
+    memory = [] if args.method == "hide" else None  # of hide, of ewc
     first, step, unfinished = 0, 0, None  # stage to begin with, steps so far, a stage half done
     if args.resume and (state := load_checkpoint(run)):
         torch.set_num_threads(state["threads"])  # another number would round differently
@@ -389,6 +437,8 @@ def main(args, stream, run):
         if args.method == "moelora":
             for p, saved in zip(parameters, state["mixture"], strict=True):
                 p.data.copy_(saved)
+        if args.method == "hide":
+            memory = [[x.to(model.device) for x in pair] for pair in state["memory"]]
         if args.method == "ewc" and state["memory"]:
             memory = {k: [x.to(model.device) for x in v] for k, v in state["memory"].items()}
         set_random_state(state["random"])
@@ -413,7 +463,7 @@ def main(args, stream, run):
         t, stage = plan[p]
         if args.method == "replay":
             stage = with_replay(stage, stages[:t], args.buffer, args.seed)
-        if args.method == "olora" and len(adapters) == t:
+        if args.method in ("olora", "hide") and len(adapters) == t:
             new_adapter()
         train = stage.train
 
@@ -444,11 +494,11 @@ def main(args, stream, run):
             loss = 0.0
             for (batch, features), n in zip(batches, tokens, strict=True):
                 loss += backward(model, batch, features, n / sum(tokens), args, t).item()
-            if earlier:
+            if earlier and args.method == "olora":
                 penalty = args.olora_lambda * orthogonality_loss(earlier, parameters)
                 penalty.backward()
                 loss += penalty.item()
-            if memory:
+            if memory and args.method == "ewc":
                 penalty = args.ewc_lambda * ewc_penalty(memory, parameters)
                 penalty.backward()
                 loss += penalty.item()
@@ -477,12 +527,20 @@ def main(args, stream, run):
             memory = remember(memory, fisher, parameters)
             lap("fisher")
 
+        if args.method == "hide":
+            memory.append(anchors(model, processor, cache, train))
+            set_lora(model, *adapters)
+            lap("anchors")
+
         # test on all stages seen so far; with --hold_out also on the object group that was left out
         model.eval()
         for tests, scores, kind in ((stages, matrix, ""), (stream.novel or [], novel, "novel-")):
             for i, test in enumerate(tests[: t + 1]):
                 title = f"test {kind}{test.name}"
-                rows = evaluate_stage(model, processor, cache, collator, test, args, title)
+                rows = evaluate_stage(
+                    model, processor, cache, collator, test, args, title,
+                    memory=memory if args.method == "hide" else None,
+                )  # fmt: skip
                 scores[t, i] = evaluation.accuracy(rows, test.metric)
                 evaluation.write_predictions(run, t, f"{kind}{i + 1}" if kind else i, rows)
         evaluation.write_matrix(run, stages, matrix)
@@ -513,13 +571,18 @@ def main(args, stream, run):
     if stream.novel:
         print("object group left out of training:\n" + evaluation.table(novel, names) + "\n")
         summary["novel"] = {"matrix": novel, "metrics": evaluation.metrics(novel)}
-    if earlier:  # one file with the ranks of all: B A summed over stages is [B_1 B_2 ..] [A_1; ..]
+    if args.method == "hide":  # a folder each: what they add up to depends on the question
+        for name, other in zip(adapters, stages, strict=True):
+            save_lora(model, name, run / "lora" / other.name, args.model)
+    if (
+        earlier and args.method == "olora"
+    ):  # one file with the ranks of all: B A summed over stages is [B_1 B_2 ..] [A_1; ..]
         n, layers = len(adapters), [*earlier, parameters]
         joined = add_lora(model, "all", n * args.rank, n * args.alpha, args.dropout, targets)
         with torch.no_grad():
             for k, p in enumerate(joined):
                 p.copy_(torch.cat([own[k] for own in layers], k % 2))
-    if adapters:
+    if adapters and args.method != "hide":
         save_lora(model, "all" if earlier else ADAPTER, run / "lora", args.model)
     if args.method == "moelora":  # peft has no such adapter: our own names
         names = {p: name for name, p in model.named_parameters()}

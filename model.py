@@ -123,6 +123,7 @@ class LoRALinear(nn.Module):
         self.adapters = nn.ParameterDict()
         self.scale, self.dropout = {}, {}  # by adapter name
         self.active = ()  # names; several are one LoRA of all their ranks together
+        self.shares = None  # [B or 1, active]: how much each counts, by sample; None: all fully
 
     def add(self, name, rank, alpha, dropout):
         # Drawn on the CPU, then moved: one seed gives one adapter on every device.
@@ -144,6 +145,8 @@ class LoRALinear(nn.Module):
                                                  torch.cat([b for _, b in pairs], 1))  # fmt: skip
         h = F.dropout(x.to(a.dtype), self.dropout[last], self.training)
         h = F.linear(h, a) * self.scale[last]  # [..., r], cheaper to scale than [..., out]
+        if self.shares is not None:  # h [B, S, r]
+            h = h * self.shares.repeat_interleave(len(a) // len(self.active), 1)[:, None]
         return (y + F.linear(h, b)).to(y.dtype)  # summed in float32, rounded once
 
 
@@ -198,15 +201,27 @@ def add_lora(model, name, rank, alpha, dropout, targets):
 def set_lora(model, *names):
     """Switch to an adapter; to none: all are off. Layers without it run bare.
 
-    Several are added up; ValueError unless they have one scale and dropout.
+    Several are added up, all with weight 1 until share_lora says otherwise; ValueError unless they
+    have one scale and dropout.
     """
     for name in names:
         if not _adapted(model, name):
             raise ValueError(f"there is no adapter {name!r}")
     for layer in _adapted(model).values():
         layer.active = tuple(name for name in names if name in layer.scale)
+        layer.shares = None
         if len({(layer.scale[name], layer.dropout[name]) for name in layer.active}) > 1:
             raise ValueError(f"adapters {layer.active} have different scales or dropout")
+
+
+def share_lora(model, shares, last=None):
+    """Weigh the adapters that are switched on: shares [B or 1, adapters], in the order of set_lora.
+
+    last: other weights for the last decoder layer. All active adapters must have one rank.
+    """
+    end = rf"model\.language_model\.layers\.{model.config.text_config.num_hidden_layers - 1}\..+"
+    for path, layer in _adapted(model).items():
+        layer.shares = last if last is not None and re.fullmatch(end, path) else shares
 
 
 def move_lora(model, name, device):

@@ -10,7 +10,7 @@ from test_scripts import kill_after, results, run_here
 
 import baselines
 from data import Collator, InputError
-from model import add_lora, forward, image_tokens, remove_lora, set_lora
+from model import add_lora, forward, image_tokens, remove_lora, set_lora, share_lora
 
 
 @pytest.fixture
@@ -70,6 +70,65 @@ def test_adapters_add_up_and_are_one_joined_adapter(adapted):
         set_lora(model, "continual", "louder")
     for name in ("other", "joined", "louder"):
         remove_lora(model, name)
+
+
+def test_shares_are_per_sample_and_the_last_layer_has_its_own(adapted):
+    model, parameters, chosen, collate = adapted
+    batch, _ = collate(chosen)
+    other = add_lora(model, "other", 4, 8, 0.0, ["q", "v"])
+    with torch.no_grad():
+        for p in other:
+            p += 0.1 * torch.randn_like(p)
+
+    def logits(*names, shares=None, last=None):
+        set_lora(model, *names)
+        if shares is not None:
+            share_lora(model, torch.tensor(shares), last and torch.tensor(last))
+        found = forward(model, batch, None).logits  # answer tokens, sample after sample
+        return found.split((batch["labels"][:, 1:] != -100).sum(1).tolist())
+
+    one, two = logits("continual"), logits("other")
+    mixed = logits("continual", "other", shares=[[1.0, 0.0], [0.0, 1.0]])
+    torch.testing.assert_close(mixed[0], one[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mixed[1], two[1], rtol=1e-4, atol=1e-4)
+    top = logits("continual", "other", shares=[[1.0, 0.0]], last=[[0.0, 1.0]])
+    path = f"layers.{model.config.text_config.num_hidden_layers - 1}."
+    with torch.no_grad():  # the same by hand: "continual" with the last layer of "other"
+        for name, p in model.named_parameters():
+            if path in name and "continual_" in name:
+                p.copy_(model.get_parameter(name.replace("continual_", "other_")))
+    torch.testing.assert_close(logits("continual"), top, rtol=1e-4, atol=1e-4)
+    assert (top[0] - one[0]).abs().max() > 1e-3
+    remove_lora(model, "other")
+
+
+def test_likeness_is_the_mean_cosine_of_images_and_questions():
+    images, words = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 2.0], [3.0, 0.0]])
+    memory = [[torch.tensor([5.0, 0.0]), torch.tensor([0.0, 1.0])],
+              [torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])]]  # fmt: skip
+    wanted = torch.tensor([[1.0, 0.5**1.5], [0.0, 0.5**1.5]])  # no image: the question alone
+    torch.testing.assert_close(baselines.likeness((images, words), memory), wanted)
+
+
+def test_hide_begins_as_one_lora_and_keeps_a_lora_of_every_stage(flags, tmp_path):
+    """With one stage there is nothing to weigh; a kill changes nothing; no stage touches another's
+    LoRA, and a LoRA that is far from a question counts little in the last layer."""
+    flags = [*flags, "--dropout", "0", "--targets", "q,v,projector"]
+    plain = run_here("baselines", flags, tmp_path / "sequential")
+    more = [*flags, "--method", "hide", "--save_every", "2"]
+    whole = run_here("baselines", more, tmp_path / "whole")
+    assert losses(whole)[:6] == losses(plain)[:6]
+    first = "predictions/after-1-on-1.jsonl"
+    assert (whole / first).read_bytes() == (plain / first).read_bytes()
+    short = run_here("baselines", [*more, "--order", "one"], tmp_path / "short")
+    file = "lora/one/adapter_model.safetensors"
+    assert (whole / file).read_bytes() == (short / file).read_bytes()
+    assert sorted(p.name for p in (whole / "lora").iterdir()) == ["one", "three", "two"]
+    kill_after(9, "baselines", more, tmp_path / "killed")
+    killed = run_here("baselines", [*more, "--resume"], tmp_path / "killed")
+    assert results(killed) == results(whole)
+    with pytest.raises(InputError, match="--blind"):
+        baselines.parse(["--method", "hide", "--blind"])
 
 
 def test_ewc_penalty_is_zero_at_the_old_weights_and_sums_the_stages():

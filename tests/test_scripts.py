@@ -63,8 +63,8 @@ def kill_after(lines, script, flags, run):
 
 def results(run):
     """Everything of a run that must not depend on when, where or how often it was started."""
-    files = ["matrix.json", "lora/adapter_model.safetensors"]
-    files += sorted(str(p.relative_to(run)) for p in (run / "predictions").iterdir())
+    files = [run / "matrix.json", *(run / "lora").rglob("*.safetensors")]
+    files = sorted(str(p.relative_to(run)) for p in [*files, *(run / "predictions").iterdir()])
     return {name: (run / name).read_bytes() for name in files}
 
 
