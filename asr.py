@@ -799,6 +799,10 @@ def main(args, stream, run):
     print("\n" + evaluation.table(matrix, names) + "\n")
     summary = {"peak_memory_mb": peak_memory(), "trainable_parameters": count["trainable"]}
     summary |= {"tower_runs": cache.tower_runs, "skills": skills if args.beta else []}
+    r = load_run(run)  # of each skill of earlier stages, from when it was learned to the end
+    lives = {s.name: (s.life[s.i], s.life[r.end]) for s in r.old}
+    summary["drift"] = {name: [float(drift(*life)), forgotten(*life)]  # nats, points
+                        for name, life in lives.items()}  # fmt: skip
     if memory:
         summary["prototype_floats"] = sum(value.numel() for value in memory.values())
     if stream.novel:

@@ -87,6 +87,8 @@ def test_a_run_leaves_its_records(asr_run):
     summary = json.loads((asr_run / "summary.json").read_text())
     assert summary["tower_runs"] == 3 * 17 - 2  # every image once; two samples have none
     assert summary["prototype_floats"] == 2 * (2 * 40 + 8 + 1)
+    assert len(summary["drift"]) == 4  # two skills in each of the two earlier stages
+    assert all(nats > 0 for nats, _ in summary["drift"].values())
     assert evaluation.rescore(asr_run) == []
     spectra = np.load(asr_run / "spectra.npz")
     assert spectra["3-2-phi"].shape == (5, 40) and np.isnan(spectra["3-2-phi"][3]).all()
