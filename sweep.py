@@ -3,7 +3,7 @@
     python sweep.py regime            run every missing cell of the sweep "regime", then its table
     python sweep.py regime --table    the table only, from results/regime/*.json
     python sweep.py regime --list     the commands, one a line
-    python sweep.py --readme          renew the tables of all sweeps in README.md
+    python sweep.py --readme          renew the tables of all sweeps in README.md and docs/*.md
 
 A sweep is a list of rows; a row is a label and a command; a cell is a row with a seed. Each cell is
 one process, and its summary.json becomes the record results/SWEEP/LABEL-STREAM-SEED.json. Cells
@@ -28,6 +28,7 @@ import eval as evaluation
 import model
 
 RESULTS, RUNS = Path("results"), Path("runs/sweep")
+PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
 SEARCH, REPORT = range(5), range(5, 10)  # seeds to choose settings on, and seeds to report
 
 # --------------------------------------------------------------------------------------------------
@@ -320,9 +321,20 @@ def block(name: str, markdown: bool = True) -> str:
     return special[name](markdown) if name in special else sweep_table(name, markdown)
 
 
-def write_readme(path: Path = Path("README.md")) -> None:
-    """Put tables between the marks <!-- table NAME --> and <!-- end -->: the sweeps, and memory."""
-    text = path.read_text()
+def line_of(file: str, name: str) -> int:
+    """Where `def name` or `class name` stands in a file, from 1."""
+    lines = Path(file).read_text().splitlines()
+    return 1 + next(k for k, x in enumerate(lines) if re.match(rf"(def|class) {name}\b", x))
+
+
+def write_page(path: Path) -> None:
+    """Put tables between the marks <!-- table NAME --> and <!-- end -->: the sweeps, and memory;
+    and line numbers into links like [name](../asr.py#L1)."""
+    text = re.sub(
+        r"\[(\w+)\]\(\.\./(\w+\.py)#L\d+\)",
+        lambda m: f"[{m[1]}](../{m[2]}#L{line_of(m[2], m[1])})",
+        path.read_text(),
+    )
     for name in [*SWEEPS, "pretrain", "memory"]:
         start, end = f"<!-- table {name} -->\n", "<!-- end -->"
         if start in text:
@@ -335,14 +347,15 @@ def write_readme(path: Path = Path("README.md")) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("name", nargs="?", choices=SWEEPS, help="the sweep to run")
-    parser.add_argument("--readme", action="store_true", help="renew all tables in README.md")
+    parser.add_argument("--readme", action="store_true", help="renew the tables of README and docs")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time (default: 2)")
     parser.add_argument("--list", action="store_true", help="print the commands only")
     parser.add_argument("--table", action="store_true", help="print the tables only")
     parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
     args = parser.parse_args()
     if args.readme:
-        write_readme()
+        for page in PAGES:
+            write_page(page)
         return
     if not args.name:
         parser.error(f"name a sweep: {', '.join(SWEEPS)}")

@@ -1,6 +1,7 @@
 """What is committed fits together: records, base model, README."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -20,11 +21,23 @@ def test_record_comes_from_the_shipped_model(path):
     assert evaluation.metrics(record["matrix"])["AP"] == pytest.approx(record["metrics"]["AP"])
 
 
-def test_readme_tables_are_the_records(tmp_path, monkeypatch):
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_tables_and_line_numbers_are_up_to_date(page, tmp_path, monkeypatch):
+    """If this fails after a change: python sweep.py --readme"""
     monkeypatch.chdir(ROOT)
-    shutil.copyfile("README.md", tmp_path / "README.md")
-    sweep.write_readme(tmp_path / "README.md")
-    assert (tmp_path / "README.md").read_text() == Path("README.md").read_text()
+    copy = tmp_path / page.name
+    shutil.copyfile(page, copy)
+    sweep.write_page(copy)
+    assert copy.read_text() == page.read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text())
+    assert links and all((page.parent / link).exists() for link in links)
 
 
 def test_a_sweep_skips_what_is_there_and_names_what_is_missing(tmp_path, monkeypatch):

@@ -1,0 +1,150 @@
+"""The figures of docs/: the idea of ASR, and what its theory says, drawn from runs and records.
+
+    python docs/figures.py RUN       RUN: a folder of asr.py, for the attention maps in it
+
+It writes asr-idea.png and asr-theory.png from the maps of RUN, and asr-drift.png from
+results/report/*.json, into docs/figures.
+"""
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import asr  # noqa: E402
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+
+FIGURES = ROOT / "docs" / "figures"
+
+
+def spectra(maps):
+    """Maps [N, h, w] of any sum -> P [N, h w], the power of every wave, DC first, that sums to one;
+    radial [N, 8] and angular [N, 8] spectra."""
+    maps = torch.tensor(maps, dtype=torch.float32)[:, None]
+    maps = maps / maps.sum((-2, -1), keepdim=True)
+    _, r, d = asr.head_spectra(maps)
+    power = torch.fft.fft2(maps).abs() ** 2
+    return tuple(x.flatten(1).numpy() for x in (asr.normalize(power.flatten(2)), r, d))
+
+
+def idea(run, path):
+    """One question: where it looks, the spectrum of that, and the two profiles that are kept."""
+    skill = max(run.old, key=lambda skill: skill.life[skill.i]["accuracy"])
+    row, seen = run.rows[skill.i, skill.i][0], run.seen
+    picture, attention = (seen(skill.i, skill.i, name)[0] for name in ("picture", "map"))
+    power, r, d = spectra(attention[None])
+    figure, axes = evaluation.new_figure(1, 4, height=2.1)
+    axes[0].imshow(picture)
+    title = textwrap.fill(asr.question_core(row["prompt"]), 22)
+    axes[0].set_title(f"{title}\n-> {row['text']}", fontsize=8)
+    side = attention.shape[-1]
+    axes[1].imshow(attention, cmap="inferno")
+    axes[1].set_title("attention of the question's\nwords to the patches", fontsize=8)
+    power = np.fft.fftshift(power.reshape(side, side))
+    power[side // 2, side // 2] = np.nan
+    axes[2].imshow(np.log10(power + 1e-9), cmap="inferno")
+    for k in range(1, 4):
+        circle = np.linspace(0, 2 * np.pi, 100)
+        radius = k / 8 * np.hypot(side / 2, side / 2)
+        axes[2].plot(side / 2 + radius * np.cos(circle), side / 2 + radius * np.sin(circle), "w:",
+                     linewidth=0.8)  # fmt: skip
+    axes[2].set(xlim=(-0.5, side - 0.5), ylim=(side - 0.5, -0.5))
+    axes[2].set_title("its power spectrum (log,\nno DC); dotted: bins of r", fontsize=8)
+    for axis in axes[:3]:
+        axis.set_axis_off()
+    places = np.arange(r.shape[1])
+    axes[3].bar(places - 0.2, 100 * r[0], 0.4, color=evaluation.COLORS[0], label="r: how coarse")
+    axes[3].bar(places + 0.2, 100 * d[0], 0.4, color=evaluation.COLORS[1], label="d: direction")
+    axes[3].set_title("share of power (%) per bin", fontsize=8)
+    axes[3].tick_params(labelsize=7)
+    axes[3].legend(fontsize=7)
+    return evaluation.save_figure(figure, path)
+
+
+def theory(run, path):
+    """Theorem 2: a cyclic shift changes the map and not its spectrum; a small change of the map
+    changes the spectrum in proportion."""
+    maps = np.concatenate([run.seen(skill.i, skill.i, "map") for skill in run.old])
+    maps = maps[np.isfinite(maps).all((1, 2))]
+    maps = maps / maps.sum((1, 2), keepdims=True)
+    before, chosen = spectra(maps)[0], np.random.default_rng(0)
+
+    def distance(a, b):
+        return np.abs(a - b).reshape(len(a), -1).sum(1)
+
+    figure, (left, right) = evaluation.new_figure(1, 2, height=2.9)
+    steps = range(maps.shape[-1])
+    moved = [np.roll(maps, (k, k), (1, 2)) for k in steps]
+    change = [distance(m, maps).mean() for m in moved]
+    left.plot(steps, change, "o-", color=evaluation.COLORS[1], label="the map")
+    change = [distance(spectra(m)[0], before).mean() for m in moved]
+    left.plot(steps, change, "s-", color=evaluation.COLORS[0], label="its spectrum")
+    asr.style(left, "shifted by k patches, down and right", "k", "change (L1)")
+    sizes = np.logspace(-3, -0.5, 12)
+    noise = chosen.random(maps.shape)
+    noise /= noise.sum((1, 2), keepdims=True)
+    for name, mark, fun in (("P", "s-", 0), ("r", "^-", 1), ("d", "D-", 2)):
+        was = spectra(maps)[fun]
+        change = [distance(spectra((1 - e) * maps + e * noise)[fun], was).mean() for e in sizes]
+        right.loglog(sizes, change, mark, color=evaluation.COLORS[(0, 2, 3)[fun]], label=name)
+    right.loglog(sizes, 2 * sizes, ":", color="black", label="proportional")
+    asr.style(right, "a share e of the map is noise", "e", "change of the spectrum (L1)")
+    for axis in (left, right):
+        axis.legend(fontsize=8)
+    return evaluation.save_figure(figure, path)
+
+
+def interval(r, n):
+    """95% interval of a correlation r of n pairs, by Fisher's z."""
+    z, half = np.arctanh(r), 1.96 / np.sqrt(n - 3)
+    return np.tanh(z - half), np.tanh(z + half)
+
+
+def drift(records, path):
+    """What every skill has forgotten by the end against the drift of its spectrum, all seeds."""
+    streams = sorted({record["stream"] for record in records})
+    kinds = {True: "with L_spec", False: "without"}
+    figure, axes = evaluation.new_figure(1, len(streams), height=3.4)
+    for axis, stream in zip(np.ravel(axes), streams, strict=True):
+        lines = []
+        for k, (spectral, kind) in enumerate(kinds.items()):
+            own = [r for r in records
+                   if r["stream"] == stream and (r["args"]["beta"] > 0) == spectral]  # fmt: skip
+            pairs = np.array([pair for r in own for pair in r["drift"].values()])
+            if len(pairs) < 4:
+                continue
+            axis.semilogx(*pairs.T, "os"[k], color=evaluation.COLORS[k], ms=3, alpha=0.4,
+                          label=kind)  # fmt: skip
+            value = np.corrcoef(*pairs.T)[0, 1]
+            low, high = interval(value, len(pairs))
+            lines.append(f"{kind}: r = {value:.2f} [{low:.2f}, {high:.2f}], n = {len(pairs)}")
+        asr.style(axis, "\n".join([stream, *lines]), "drift (JSD, nats)", "forgotten (points)")
+        axis.legend(fontsize=8)
+    return evaluation.save_figure(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("run", help="folder of a run of asr.py")
+    run = asr.load_run(parser.parse_args().run)
+    asr.name_runs([run])
+    drawn = [idea(run, FIGURES / "asr-idea.png"), theory(run, FIGURES / "asr-theory.png")]
+    found = sorted((ROOT / "results" / "report").glob("*.json"))
+    records = [r for r in map(evaluation.load_record, found) if "drift" in r]
+    if records:
+        drawn.append(drift(records, FIGURES / "asr-drift.png"))
+    print("\n".join(map(str, drawn)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except data.InputError as error:
+        data.fail(error)
