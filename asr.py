@@ -164,8 +164,10 @@ from torch.nn.functional import one_hot  # noqa: E402
 
 from model import (  # noqa: E402
     add_lora,
+    add_up_gradients,
     capture_attention,
     forward,
+    gather,
     generate,
     image_features,
     image_grid,
@@ -176,11 +178,13 @@ from model import (  # noqa: E402
     lora_state,
     parameter_report,
     peak_memory,
+    processes,
     random_state,
     save_checkpoint,
     save_lora,
     set_random_state,
     set_up,
+    share_out,
     to_device,
 )
 
@@ -556,27 +560,31 @@ def backward(model, batch, features, samples, share, args, grid,
 @torch.no_grad()
 def reference_embeddings(model, samples, parts, collate):
     """L_geo's two vectors of each sample from the pretrained model: [N, 2, width] on the CPU."""
-    rows = []
+
+
+    def look_at(part):
+        batch, features = collate([samples[k] for k in part])
+        output = forward(model, batch, features)
+        return torch.stack(embeddings(output, batch), 1).cpu()
+
     with lora_off(model):
-        for part in parts:
-            batch, features = collate([samples[k] for k in part])
-            output = forward(model, batch, features)
-            rows.append(torch.stack(embeddings(output, batch), 1).cpu())
-    return torch.cat(rows)
+        return torch.cat(share_out(look_at, parts))
 
 
 @torch.no_grad()
 def stage_descriptors(model, samples, parts, collate, args, grid):
     """phi [N, D] and angular [N, M] of a stage's training samples under the present model, CPU."""
-    rows = []
-    for part in parts:
+
+
+    def look_at(part):
         own = [samples[k] for k in part]
         batch, features = collate(own)
         U = functional_rows(batch, own)
         with capture_attention(model, args.layers, U, batch["image_mask"]) as captured:
             forward(model, batch, features)
-            rows.append([x.cpu() for x in look(captured(), grid, args)[:2]])
-    return [torch.cat(column) for column in zip(*rows, strict=True)]
+            return [x.cpu() for x in look(captured(), grid, args)[:2]]
+
+    return [torch.cat(column) for column in zip(*share_out(look_at, parts), strict=True)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -608,6 +616,7 @@ def evaluate_stage(model, processor, cache, collator, stage, args, grid, title):
         return texts
 
     rows = evaluation.evaluate(answer, stage.test, stage.metric, args.eval_batch_size, title)
+    found = {k: values for part in gather(found) for k, values in part.items()}
     seen = {name: np.stack([found[k][name] for k in range(len(rows))]) for name in found[0]}
     return rows, seen | {"map": seen["map"][:CASES]}
 
@@ -639,6 +648,7 @@ def main(args, stream, run):
 
     # ---- 7.1 The model: a frozen LLaVA with one LoRA adapter ------------------------------------
     model, processor, cache = set_up(args)
+    me, world = processes()
     depth, grid = model.config.text_config.num_hidden_layers, image_grid(model)
     if args.layers > depth:
         raise InputError(f"--layers {args.layers}: this language model has {depth}")
@@ -731,12 +741,13 @@ def main(args, stream, run):
             lr = args.lr * schedule(k, len(steps), args.warm_up)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
-            parts = [steps[k][m : m + micro] for m in range(0, len(steps[k]), micro)]
+            parts = [steps[k][m : m + micro] for m in range(0, len(steps[k]), micro)][me::world]
             batches = [collate([train[i] for i in part]) for part in parts]
             tokens = [int((batch["labels"] != -100).sum()) for batch, _ in batches]
+            whole = sum(gather(sum(tokens)))
             values = dict.fromkeys("loss task spectral geometry distance weight".split(), 0.0)
             for part, (batch, features), n in zip(parts, batches, tokens, strict=True):
-                share = n / sum(tokens), len(part) / len(steps[k])
+                share = n / whole, len(part) / len(steps[k])
                 samples = [train[i] for i in part]
                 own = None if pi is None else pi[part]
                 before = reference[part].to(model.device).unbind(1) if args.gamma else None
@@ -745,6 +756,8 @@ def main(args, stream, run):
                     beta, own, memory, args.gamma, before,
                 )  # fmt: skip
                 values = {name: values[name] + more[name].item() for name in values}
+            values = {name: sum(other[name] for other in gather(values)) for name in values}
+            add_up_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
             if not math.isfinite(values["loss"] + norm):
                 raise InputError(

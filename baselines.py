@@ -145,7 +145,9 @@ from torch.nn.functional import cosine_similarity, dropout, kl_div, linear  # no
 
 from model import (  # noqa: E402
     add_lora,
+    add_up_gradients,
     forward,
+    gather,
     generate,
     image_features,
     image_tokens,
@@ -154,6 +156,7 @@ from model import (  # noqa: E402
     lora_state,
     parameter_report,
     peak_memory,
+    processes,
     random_state,
     save_checkpoint,
     save_lora,
@@ -376,6 +379,7 @@ def main(args, stream, run):
     if args.method == "moelora" and args.rank % args.experts:
         raise InputError(f"cannot divide --rank {args.rank} by --experts {args.experts}")
     model, processor, cache = set_up(args)
+    me, world = processes()
     torch.manual_seed(args.seed)
     parameters, earlier, adapters = [], [], []  # trained; olora: frozen ones; names of all in use
     targets = args.targets.split(",")
@@ -488,20 +492,23 @@ def main(args, stream, run):
             lr = args.lr * schedule(k, len(steps), args.warm_up)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
-            parts = [steps[k][m : m + micro] for m in range(0, len(steps[k]), micro)]
+            parts = [steps[k][m : m + micro] for m in range(0, len(steps[k]), micro)][me::world]
             batches = [collate([train[i] for i in part]) for part in parts]
             tokens = [int((batch["labels"] != -100).sum()) for batch, _ in batches]
+            whole = sum(gather(sum(tokens)))
             loss = 0.0
             for (batch, features), n in zip(batches, tokens, strict=True):
-                loss += backward(model, batch, features, n / sum(tokens), args, t).item()
-            if earlier and args.method == "olora":
+                loss += backward(model, batch, features, n / whole, args, t).item()
+            if earlier and args.method == "olora" and me == 0:
                 penalty = args.olora_lambda * orthogonality_loss(earlier, parameters)
                 penalty.backward()
                 loss += penalty.item()
-            if memory and args.method == "ewc":
+            if memory and args.method == "ewc" and me == 0:
                 penalty = args.ewc_lambda * ewc_penalty(memory, parameters)
                 penalty.backward()
                 loss += penalty.item()
+            loss = sum(gather(loss))
+            add_up_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
             if not math.isfinite(loss + norm):
                 raise InputError(

@@ -182,13 +182,16 @@ import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from model import (  # noqa: E402
+    add_up_gradients,
     forward,
+    gather,
     generate,
     image_features,
     image_tokens,
     load_checkpoint,
     parameter_report,
     peak_memory,
+    processes,
     random_state,
     save_checkpoint,
     set_random_state,
@@ -535,6 +538,7 @@ def evaluate_stage(model, processor, cache, collator, stage, i, args, title, fea
 
     rows = evaluation.evaluate(answer, stage.test, stage.metric, args.eval_batch_size, title)
     routing.weights = None
+    found = {k: values for part in gather(found) for k, values in part.items()}
     group, weights = zip(*(found[k] for k in range(len(rows))), strict=True)
     return rows, {"group": np.array(group), "weights": np.stack(weights)}
 
@@ -557,6 +561,7 @@ def main(args, stream, run):
 
     # ---- 7.1 The model: a frozen LLaVA whose attention layers can hold experts ------------------
     model, processor, cache = set_up(args)
+    me, world = processes()
     torch.manual_seed(args.seed)
     scale = args.alpha / args.rank
     layers, routing = add_experts(model, args.targets.split(","), scale, args.dropout)
@@ -682,16 +687,19 @@ def main(args, stream, run):
             lr = args.lr * schedule(k, len(steps), args.warm_up)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
-            parts = [steps[k][m : m + micro] for m in range(0, len(steps[k]), micro)]
+            parts = [steps[k][m : m + micro] for m in range(0, len(steps[k]), micro)][me::world]
             batches = [collate([train[i] for i in part]) for part in parts]
             tokens = [int((batch["labels"] != -100).sum()) for batch, _ in batches]
+            whole = sum(gather(sum(tokens)))
             values = dict.fromkeys("loss task orthogonality".split(), 0.0)
             for part, (batch, features), n in zip(parts, batches, tokens, strict=True):
-                share = n / sum(tokens), len(part) / len(steps[k])
+                share = n / whole, len(part) / len(steps[k])
                 routing.weights = None if routing.buffer else pi[part].to(model.device)
                 routing.gamma = gamma[part].to(model.device)
                 more = backward(model, batch, features, share, routing, layers, args.lambda_orth)
                 values = {name: values[name] + more[name] for name in values}
+            values = {name: sum(other[name] for other in gather(values)) for name in values}
+            add_up_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
             if not math.isfinite(values["loss"] + norm):
                 raise InputError(

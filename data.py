@@ -829,6 +829,14 @@ def check_args(args) -> None:
     if args.batch_size and args.accumulate and args.batch_size % args.accumulate:
         sizes = f"--batch_size {args.batch_size} by --accumulate {args.accumulate}"
         raise InputError(f"cannot divide {sizes}: the micro-batches of a step must be equal")
+    world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
+    if world > 1:
+        args.processes = world  # for args.json
+        if (args.accumulate or 1) % world:
+            raise InputError(
+                f"--accumulate {args.accumulate} must be a multiple of the {world} "
+                "processes that torchrun has started: each takes its micro-batches"
+            )
     for target in args.targets.split(",") if args.targets is not None else ():
         if target not in TARGETS:
             raise InputError(f"--targets has {target!r}: use a comma list of {', '.join(TARGETS)}")

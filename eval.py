@@ -32,14 +32,17 @@ Tables need neither torch nor matplotlib and come at once.
 """
 
 import argparse
+import atexit
 import hashlib
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from functools import partial
 from importlib.metadata import version
@@ -423,12 +426,15 @@ def evaluate(generate, samples, metric: str, batch_size: int, title: str = "test
     """
     from tqdm import tqdm
 
+    from model import share_out  # here, not above: tables need no torch
+
     order = sorted(range(len(samples)), key=lambda k: -len(samples[k].question))
-    starts = tqdm(range(0, len(order), batch_size), desc=title, leave=False, disable=None)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    bar = tqdm(batches, desc=title, leave=False, disable=None)
+    answers = share_out(lambda batch: generate([samples[k] for k in batch]), bar)
     rows = [None] * len(samples)
-    for start in starts:
-        batch = order[start : start + batch_size]
-        for k, text in zip(batch, generate([samples[k] for k in batch]), strict=True):
+    for batch, texts in zip(batches, answers, strict=True):
+        for k, text in zip(batch, texts, strict=True):
             s = samples[k]
             row = {"question_id": s.id, "prompt": s.question, "text": text, "skill": s.skill}
             row |= {"answers": list(s.answers), "image": s.image and Path(s.image).name}
@@ -578,6 +584,12 @@ def start_run(args: argparse.Namespace, script: str) -> Path:
     """
     name = Path(script).stem
     run = Path(args.out or f"runs/{name}-{Path(args.stream).resolve().name}-{args.seed}")
+    if int(os.environ.get("RANK", 0)):  # under torchrun the first process keeps the run; what the
+        shadow = Path(tempfile.mkdtemp()) / "run"  # others write is thrown away
+        atexit.register(shutil.rmtree, shadow.parent)
+        if args.resume and run.is_dir():
+            shutil.copytree(run, shadow)
+        run = shadow
     now = jsonable({key: value for key, value in vars(args).items() if key not in MAY_DIFFER})
     now |= {"script": name, "commit": git_commit(), "command": shlex.join(["python", *sys.argv])}
     if (run / "args.json").is_file():
@@ -592,7 +604,8 @@ def start_run(args: argparse.Namespace, script: str) -> Path:
                 )
         if (run / "summary.json").is_file():
             print(f"The run in {run} is finished. To see it: python eval.py {run}")
-            raise SystemExit(0)
+            # with code 0 torchrun would let the other processes wait
+            raise SystemExit(int(os.environ.get("WORLD_SIZE", 1)) > 1)
         if not args.resume:
             raise InputError(f"{run} holds an unfinished run: add --resume or choose another --out")
         if now["commit"] not in was["commit"].split(", resumed with "):  # two versions of the code

@@ -165,7 +165,9 @@ import torch.nn.functional as F  # noqa: E402
 
 from model import (  # noqa: E402
     add_lora,
+    add_up_gradients,
     forward,
+    gather,
     generate,
     image_features,
     image_tokens,
@@ -176,6 +178,7 @@ from model import (  # noqa: E402
     move_lora,
     parameter_report,
     peak_memory,
+    processes,
     random_state,
     remove_lora,
     save_checkpoint,
@@ -183,6 +186,7 @@ from model import (  # noqa: E402
     set_lora,
     set_random_state,
     set_up,
+    share_out,
     to_device,
 )
 
@@ -301,6 +305,7 @@ def train(model, parameters, samples, steps, micro, lr, warm_up, collate, log, s
     after every step, log(line) too. InputError if the loss is not finite.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    me, world = processes()
     begin = 0
     if resumed:
         begin = resumed["steps"]
@@ -311,12 +316,15 @@ def train(model, parameters, samples, steps, micro, lr, warm_up, collate, log, s
         now = lr * schedule(k, len(steps), warm_up)
         optimizer.param_groups[0]["lr"] = now
         optimizer.zero_grad()
-        parts = [steps[k][m : m + micro] for m in range(0, len(steps[k]), micro)]
+        parts = [steps[k][m : m + micro] for m in range(0, len(steps[k]), micro)][me::world]
         batches = [collate([samples[i] for i in part]) for part in parts]
         tokens = [int((batch["labels"] != -100).sum()) for batch, _ in batches]
+        whole = sum(gather(sum(tokens)))
         loss = 0.0
         for (batch, features), n in zip(batches, tokens, strict=True):
-            loss += backward(model, batch, features, n / sum(tokens)).item()
+            loss += backward(model, batch, features, n / whole).item()
+        loss = sum(gather(loss))
+        add_up_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
         if not math.isfinite(loss + norm):
             raise InputError(
@@ -353,10 +361,14 @@ def answer_all(model, processor, cache, collator, samples, choice, stages, args,
         own = [s for s in own if (id(s), k) not in answers]
         if own:
             use(model, expert_name(stages[k]))
-        for part in batches_of(own, args.eval_batch_size):
+
+        def answer(part):
             batch = to_device(collator(part, train=False), model.device)
             images = image_features(cache, part)
-            texts = generate(model, processor, batch, images, args.max_new_tokens)
+            return generate(model, processor, batch, images, args.max_new_tokens)
+
+        parts = batches_of(own, args.eval_batch_size)
+        for part, texts in zip(parts, share_out(answer, parts), strict=True):
             answers |= {(id(s), k): text for s, text in zip(part, texts, strict=True)}
         count += len(own)
     return count
@@ -388,14 +400,18 @@ def route(model, processor, cache, collator, samples, t, args, stream, letters, 
     ids, at = letter_ids(collator, asked[0], letters)
     place = {id(sample): k for k, sample in enumerate(asked)}
     logits, choice = torch.zeros(N, t + 1), [0] * N
-    for part in batches_of(asked, args.eval_batch_size):
+
+    def ask(part):
         batch = to_device(collator(part, train=True), model.device)
         images = image_features(cache, part)
         found = letter_logits(model, batch, images, ids, at)
-        said = [None] * len(part)
-        if args.router == "generate":
-            batch = to_device(collator(part, train=False), model.device)
-            said = generate(model, processor, batch, images, 16)
+        if args.router != "generate":
+            return found, [None] * len(part)
+        batch = to_device(collator(part, train=False), model.device)
+        return found, generate(model, processor, batch, images, 16)
+
+    parts = batches_of(asked, args.eval_batch_size)
+    for part, (found, said) in zip(parts, share_out(ask, parts), strict=True):
         for sample, row, text in zip(part, found, said, strict=True):
             k = place[id(sample)]
             logits[k], choice[k] = row, int(row.argmax())

@@ -13,7 +13,8 @@ they are read from the config, and the tests run the same code on SigLIP + Qwen2
     4. Attention capture       capture_attention
     5. Forward and generate    forward, generate, enable_checkpointing
     6. Set-up and checkpoints  set_up, save_checkpoint, load_checkpoint, random_state
-    7. Counting                parameter_report, peak_memory, memory_table
+    7. Several GPUs            processes, gather, share_out, add_up_gradients
+    8. Counting                parameter_report, peak_memory, memory_table
 
 Letters in shapes: B batch, S sequence, P image tokens, T question tokens (most in the batch),
 L captured layers, H heads, D width of a head, C width of the tower, N answer tokens, V vocabulary.
@@ -22,6 +23,7 @@ L captured layers, H heads, D width of a head, C width of the tower, N answer to
 """
 
 import argparse
+import atexit
 import hashlib
 import json
 import os
@@ -33,6 +35,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -664,6 +667,15 @@ def set_up(args):
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    rank, world = processes()
+    if world > 1:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        atexit.register(dist.destroy_process_group)
+        if rank:  # the first process speaks for all
+            sys.stdout = open(os.devnull, "w")
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model, processor = load_llava(args.model, device, dtype)
     checkpointing = args.gradient_checkpointing
@@ -700,7 +712,43 @@ def set_random_state(states):
 
 
 # ----------------------------------------------------------------------------------------------
-# 7. Counting
+# 7. Several GPUs: torchrun --nproc_per_node N asr.py ... --accumulate N
+# ----------------------------------------------------------------------------------------------
+# Every process has the whole model and takes every N-th micro-batch of a step, its loss weighed by
+# its share of the whole step; then the gradients are added up. That is all that torch's
+# DistributedDataParallel would do for us, and a LoRA's gradients are a few MB.
+
+
+def processes():
+    """(number of this process from 0, how many there are) under torchrun; (0, 1) otherwise."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def gather(value):
+    """The values of all processes, the first one's first; every process gets them."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def share_out(function, parts):
+    """[function(part) for part in parts], of which every process does its share."""
+    rank, world = processes()
+    done = gather([function(part) for k, part in enumerate(parts) if k % world == rank])
+    return [done[k % world][k // world] for k in range(sum(map(len, done)))]
+
+
+def add_up_gradients(parameters):
+    """Give every process the sum of all processes' gradients."""
+    if processes()[1] > 1:
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+
+
+# ----------------------------------------------------------------------------------------------
+# 8. Counting
 # ----------------------------------------------------------------------------------------------
 
 

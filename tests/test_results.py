@@ -34,6 +34,16 @@ def test_tables_and_line_numbers_are_up_to_date(page, tmp_path, monkeypatch):
     assert copy.read_text() == page.read_text()
 
 
+def test_the_program_in_the_readme_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (program,) = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert '"domains"]' in program
+    short = program.replace('"domains"]', '"domains", "--limit", "8", "--limit_test", "4"]')
+    exec(short, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [len(line.split(",")) for line in lines[-5:]] == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text())

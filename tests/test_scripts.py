@@ -7,6 +7,7 @@ processes (exit codes, a kill) starts one.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,3 +221,40 @@ def test_every_flag_is_read(script):
     used += "".join(others)
     for flag in vars(SCRIPTS[script].parse([])):
         assert re.search(rf"\bargs\.{flag}\b", used), f"--{flag} is read nowhere"
+
+
+@pytest.mark.parametrize("script", ["asr", "cram", "mllm_cl"])
+def test_two_processes_are_one(script, flags, stream_folder, tmp_path):
+    """torchrun shares the micro-batches out: losses and answers as from one process.
+
+    Without dropout and L_geo, which live on the micro-batch.
+    """
+    flags = [*flags, "--dropout", "0", "--batch_size", "4", "--accumulate", "2", "--limit", "6"]
+    if script == "asr":
+        flags += ["--gamma", "0", "--skills", "parser"]
+    if script == "cram":
+        flags += ["--buffer_rank", "6", "--rank", "4", "--alpha", "8", "--r_min", "1"]
+        flags += ["--targets", "q,v"]
+    if script == "mllm_cl":
+        spec = json.dumps({"descriptions": {name: name for name in ("one", "two", "three")}})
+        shutil.copytree(stream_folder, tmp_path / "stream")
+        (tmp_path / "stream" / "stream.json").write_text(spec)
+        flags = [str(tmp_path / "stream") if x == str(stream_folder) else x for x in flags]
+        flags += ["--router_epochs", "2", "--shots", "3"]
+    alone = run_here(script, flags, tmp_path / "alone")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    both = [f"{script}.py", *map(str, flags), "--out", str(tmp_path / "both")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*command, "2", *both], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("everything is in") == 1
+    lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (alone, tmp_path / "both")]
+    losses = [[json.loads(line)["loss"] for line in part] for part in lines]
+    assert len(losses[0]) == len(losses[1]) > 9
+    np.testing.assert_allclose(*losses, rtol=0, atol=1e-4)
+    files = [evaluation.read_json(run / "matrix.json") for run in (alone, tmp_path / "both")]
+    np.testing.assert_allclose(*(np.array(x["matrix"], float) for x in files), atol=1e-6)
+    if script == "asr":
+        uneven = subprocess.run([*command, "3", *both], cwd=ROOT, env=env, capture_output=True,
+                                text=True)  # fmt: skip
+        assert uneven.returncode and "multiple of the 3 processes" in uneven.stderr
