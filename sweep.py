@@ -328,18 +328,19 @@ def line_of(file: str, name: str) -> int:
 
 
 def write_page(path: Path) -> None:
-    """Put tables between the marks <!-- table NAME --> and <!-- end -->: the sweeps, and memory;
-    and line numbers into links like [name](../asr.py#L1)."""
+    """Put tables between the marks <!-- table NAME --> and <!-- end -->: sweeps, memory, hours; and
+    line numbers into links like [name](../asr.py#L1)."""
     text = re.sub(
         r"\[(\w+)\]\(\.\./(\w+\.py)#L\d+\)",
         lambda m: f"[{m[1]}](../{m[2]}#L{line_of(m[2], m[1])})",
         path.read_text(),
     )
-    for name in [*SWEEPS, "pretrain", "memory"]:
+    computed = {"memory": model.memory_table, "hours": model.hours_table}
+    for name in [*SWEEPS, "pretrain", *computed]:
         start, end = f"<!-- table {name} -->\n", "<!-- end -->"
         if start in text:
             before, rest = text.split(start)
-            table = model.memory_table() if name == "memory" else block(name)
+            table = computed[name]() if name in computed else block(name)
             text = f"{before}{start}\n{table}\n\n{end}{rest.split(end, 1)[1]}"
     path.write_text(text)
 
