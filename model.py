@@ -869,8 +869,8 @@ def hours_table(text=64, epochs=3, samples=537_503):
     """
     lines = [
         f"Computed, not measured: hours of training at {100 * USED:.0f}% (a guess) of the card's",
-        f"dense bf16 peak, 576 image tokens and {text} of text, checkpointing on; tests, prototypes",
-        "and the tower's one pass per image come on top.",
+        f"dense bf16 peak, 576 image tokens and {text} of text, checkpointing on; tests and",
+        "prototypes and the tower's one pass per image come on top.",
         "",
         "| | " + " | ".join(GPUS) + " |",
         "|---|" + "---|" * len(GPUS),
