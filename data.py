@@ -130,6 +130,20 @@ _TRAIN = (131478, 12580, 160179, 25211, 62156, 33633, 50872, 23932, 31594, 5868)
 _TEST = (5628, 611, 7194, 1100, 2658, 1373, 2192, 1089, 1416, 200)
 VQA_COUNTS = dict(zip(QUESTION_TYPES, zip(_TRAIN, _TEST, strict=True), strict=True))
 SHORT = "Answer the question using a single word or phrase."
+# One line a task for the router of mllm_cl.py to read. All such lines in this file are ours, with the
+# words that the tiny LLaVA knows; for real data better ones can go into DIR/stream.json.
+VQA_TASKS = {
+    "recognition": "what a thing is called",
+    "location": "where a thing is",
+    "judge": "questions with yes or no for an answer",
+    "commonsense": "what can be done with a thing",
+    "count": "how many things there are",
+    "action": "what a thing is doing",
+    "color": "the color of a thing",
+    "type": "what type of thing it is",
+    "subcategory": "which kind of animal, vehicle or food",
+    "causal": "why something is so",
+}
 
 # Training defaults shared by all streams; rows of the table below override them. 7B values: ASR's
 # setting. Tiny values: chosen by experiment on the mini streams.
@@ -168,6 +182,7 @@ class Row:
 
 
 _VQA = {"layout": "vqa", "metric": "vqa", "suffix": SHORT, "published": VQA_COUNTS}
+_VQA |= {"descriptions": VQA_TASKS}
 STREAMS = {
     "vqacl": Row(
         QUESTION_TYPES,
@@ -179,7 +194,17 @@ STREAMS = {
     "vqav2": Row(QUESTION_TYPES, **_VQA, tiny={}),
     # The paper's own cut of the tail is not public: an exponential profile of this ratio instead.
     "clt-vqa": Row(QUESTION_TYPES, **_VQA, tiny={}, extras={"imbalance": 10.0}),
-    "domains": Row("plain negative recolored noise mosaic".split(), tiny={"lr": 2e-3}),
+    "domains": Row(
+        "plain negative recolored noise mosaic".split(),
+        descriptions={
+            "plain": "pictures in plain light",
+            "negative": "pictures with light and dark exchanged",
+            "recolored": "pictures whose colors are exchanged",
+            "noise": "gray pictures with noise",
+            "mosaic": "pictures of coarse squares",
+        },
+        tiny={"lr": 2e-3},
+    ),
 }
 
 _PRISM = {"folders": ("instructions", ""), "images": "datasets"}
@@ -197,6 +222,14 @@ STREAMS |= {
             "IconQA": "train test_3000",
             "CLEVR": "train_4w test_3000",
             "Flickr30k": "train_brief_4w test_3000",
+        },
+        descriptions={
+            "ImageNet-R": "the word for one object",
+            "ArxivQA": "charts with bars: the letter of an answer",
+            "VizWiz": "describe a picture of a sign",
+            "IconQA": "simple shapes: the letter of an answer",
+            "CLEVR": "how many objects are left without some",
+            "Flickr30k": "describe a picture of things",
         },
         **_PRISM,
     ),
@@ -217,6 +250,18 @@ STREAMS |= {
             "FloodNetVQA": _4W,
             "CLEVR": "train_4w test_3000",
         },
+        descriptions={
+            "PMCVQA": "cells on a slide: the letter of an answer",
+            "DocVQA": "words and numbers written on a page or sign",
+            "ChartQA": "the value of a bar in a chart",
+            "IconQA": "simple shapes: the letter of an answer",
+            "InfographicVQA": "a window with words on buttons",
+            "ArxivQA": "which bar of a chart: the letter of an answer",
+            "Roadside": "the road as the driver sees it",
+            "ChemVQA": "diagrams with letters and shapes",
+            "FloodNetVQA": "land and water seen from above",
+            "CLEVR": "objects: how many, where, which color",
+        },
         **_PRISM,
     ),
     # Chen et al. 2024 (CoIN, arXiv 2403.08350); huggingface.co/datasets/Zacks-Chen/CoIN
@@ -232,6 +277,16 @@ STREAMS |= {
         | dict.fromkeys(("TextVQA", "VizWiz", "VQAv2"), "train val"),
         folders=("playground/Instructions_Original", "Instructions_Original"),
         images="cl_dataset",
+        descriptions={
+            "ScienceQA": "diagrams: the letter of an answer",
+            "TextVQA": "what is written on a sign",
+            "ImageNet": "the word for one object",
+            "GQA": "where things are, and their colors",
+            "VizWiz": "what a thing is doing, the weather",
+            "Grounding": "give the box of an object",
+            "VQAv2": "how many things there are, is there one",
+            "OCRVQA": "a window with words on buttons",
+        },
         tiny={"lr": 4e-3, "epochs": 3},
     ),
 }

@@ -101,6 +101,12 @@ def test_the_router_sees_no_test_data_and_no_suffix(flags):
     assert lines[1:] == ["A. maps", "B. signs", "Question: how many?", "Give the letter only."]
 
 
+@pytest.mark.parametrize("row", data.STREAMS.values(), ids=data.STREAMS)
+def test_every_stream_can_be_routed(row):
+    assert list(row.descriptions) == list(row.stages)
+    assert len(set(row.descriptions.values())) == len(row.stages)
+
+
 def test_letters_are_told_apart(tiny, samples):
     model, processor = tiny
     collator = Collator(processor, image_tokens(model, processor))
