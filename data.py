@@ -130,8 +130,8 @@ _TRAIN = (131478, 12580, 160179, 25211, 62156, 33633, 50872, 23932, 31594, 5868)
 _TEST = (5628, 611, 7194, 1100, 2658, 1373, 2192, 1089, 1416, 200)
 VQA_COUNTS = dict(zip(QUESTION_TYPES, zip(_TRAIN, _TEST, strict=True), strict=True))
 SHORT = "Answer the question using a single word or phrase."
-# One line a task for the router of mllm_cl.py to read. All such lines in this file are ours, with the
-# words that the tiny LLaVA knows; for real data better ones can go into DIR/stream.json.
+# One line a task for the router of mllm_cl.py to read. All such lines are ours, with words that the
+# tiny LLaVA knows; for real data better ones can go into DIR/stream.json.
 VQA_TASKS = {
     "recognition": "what a thing is called",
     "location": "where a thing is",
