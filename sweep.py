@@ -53,6 +53,16 @@ def search_rows(flags=""):
     return {label: f"{command} {flags}".strip() for label, command in rows.items()}
 
 
+def report_rows(flags=""):
+    """The four rows of the paper's ablation, for every kind of skills."""
+    rows = {"sequential": SEQUENTIAL, "geometry only": f"{ASR} --beta 0"}
+    for skills in ("stream", "parser", "shared"):
+        rows[f"spectral only, {skills}"] = f"{ASR} --gamma 0 --skills {skills}"
+    for skills in ("stream", "parser", "shared"):
+        rows[f"both, {skills}"] = f"{ASR} --skills {skills}"
+    return {label: f"{command} {flags}".strip() for label, command in rows.items()}
+
+
 SWEEPS = {
     # what a new user runs first
     "default": (["vqacl"], range(1), {"asr": ASR}),
@@ -86,21 +96,9 @@ SWEEPS = {
         SEARCH[:2],
         search_rows(f"--targets {PAPER_TARGETS} --lr 1e-2"),
     ),
-    # the four rows of the paper's ablation, for every kind of skills, on seeds not used before
-    "report": (
-        ["domains", "vqacl"],
-        REPORT,
-        {
-            "sequential": SEQUENTIAL,
-            "geometry only": f"{ASR} --beta 0",
-            "spectral only, stream": f"{ASR} --gamma 0 --skills stream",
-            "spectral only, parser": f"{ASR} --gamma 0 --skills parser",
-            "spectral only, shared": f"{ASR} --gamma 0 --skills shared",
-            "both, stream": f"{ASR} --skills stream",
-            "both, parser": f"{ASR} --skills parser",
-            "both, shared": f"{ASR} --skills shared",
-        },
-    ),
+    # on seeds not used before, at the default settings and where attention drifts far
+    "report": (["domains", "vqacl"], REPORT, report_rows()),
+    "report-drift": (["domains"], REPORT, report_rows(f"--targets {PAPER_TARGETS} --lr 1e-2")),
 }
 
 
@@ -157,6 +155,13 @@ SWEEPS |= {
             "MR-LoRA, oracle": f"{MR_LORA} --router oracle {SAME_EXPERTS}",
         },
     ),
+    # how many kept samples does the router need?
+    "shots": (
+        ["dcl", "acl"],
+        range(3),
+        {"20 shots": MR_LORA}
+        | {f"{n} shots": f"{MR_LORA} --shots {n} {SAME_EXPERTS}" for n in (1, 5, 10, 50)},
+    ),
 }
 
 
@@ -172,7 +177,7 @@ EXTRA = {  # sweep -> {head of a further column: function of a record}
     }
     for name in ("cram", "cram-ablation")
 }
-EXTRA["mr-lora"] = {
+EXTRA["mr-lora"] = EXTRA["shots"] = {
     "MFT": lambda r: r["metrics"]["MFT"] if r["metrics"]["MFT"] is not None else math.nan,
     "routed right (%)": lambda r: _last(r, "routing_accuracy"),
     "answers": lambda r: r.get("cost", {}).get("generations", math.nan),
@@ -193,10 +198,8 @@ def cells(name: str):
             for label, command in rows.items():
                 stem = f"{file_name(label)}-{stream}-{seed}"
                 # named by its command: two sweeps that ask for the same run share it
-                out = (
-                    RUNS
-                    / f"{file_name(command.split(' --exp')[0].replace('--', ''))}-{stream}-{seed}"
-                )
+                flags = command.split(" --experts")[0].replace("--", "")
+                out = RUNS / f"{file_name(flags)}-{stream}-{seed}"
                 own = command.format(stream=stream, seed=seed)
                 line = f"{own} --stream {stream} --seed {seed} --threads 1 --out {out}"
                 yield RESULTS / name / f"{stem}.json", line
