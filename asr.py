@@ -561,7 +561,6 @@ def backward(model, batch, features, samples, share, args, grid,
 def reference_embeddings(model, samples, parts, collate):
     """L_geo's two vectors of each sample from the pretrained model: [N, 2, width] on the CPU."""
 
-
     def look_at(part):
         batch, features = collate([samples[k] for k in part])
         output = forward(model, batch, features)
@@ -574,7 +573,6 @@ def reference_embeddings(model, samples, parts, collate):
 @torch.no_grad()
 def stage_descriptors(model, samples, parts, collate, args, grid):
     """phi [N, D] and angular [N, M] of a stage's training samples under the present model, CPU."""
-
 
     def look_at(part):
         own = [samples[k] for k in part]
@@ -800,14 +798,17 @@ def main(args, stream, run):
                 if not kind:
                     spectra |= {f"{t + 1}-{i + 1}-{name}": x for name, x in seen.items()}
         spectra[f"{t + 1}-{t + 1}-picture"] = thumbnails(stage)
-        np.savez(run / "spectra.part.npz", **spectra)
-        os.replace(run / "spectra.part.npz", run / "spectra.npz")
+        if not me:
+            np.savez(run / "spectra.part.npz", **spectra)
+            os.replace(run / "spectra.part.npz", run / "spectra.npz")
         evaluation.write_matrix(run, stages, matrix)
         print(f"after {stage.name}: " + " ".join(f"{a:.1f}" for a in matrix[t, : t + 1]))
         lap("evaluation")
         checkpoint(t + 1)
 
     # ---- 7.5 The result -------------------------------------------------------------------------
+    if me:  # under torchrun the first process has it
+        return
     names = [stage.name for stage in stages]
     print("\n" + evaluation.table(matrix, names) + "\n")
     summary = {"peak_memory_mb": peak_memory(), "trainable_parameters": count["trainable"]}

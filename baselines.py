@@ -37,8 +37,9 @@ its weight. olora adds up absolute values as its release does (the paper has squ
 penalty on the size of the new LoRA. moelora's scale is alpha / (r / experts), so that even gates
 make it a plain LoRA (a guess), and its gates begin even. hide adds up the products B_i A_i; its
 release adds up the B_i and the A_i, and multiplies then, so that B_i meets A_j. Its likeness is
-that of LLaVA's own frozen features, its release's that of CLIP's; the projector is a LoRA or frozen
-and not one that all stages train.
+that of LLaVA's own frozen features, its release's that of CLIP's, and every question has weights of
+its own, in the release the whole batch has one; the projector is a LoRA or frozen and not one that
+all stages train.
 """
 
 import argparse
@@ -98,7 +99,8 @@ def parse(argv=None):
     add("--experts", type=int, default=8, metavar="E",
         help="moelora: experts that share the rank (default: 8)")
     add("--hide_temperature", type=float, default=0.1, metavar="T",
-        help="hide: weights of the last layer are softmax(likeness / T) (default: 0.1)")
+        help="hide: weights of the last layer are softmax(likeness / T) (default: 0.1, its "
+        "release's)")
     add("--hide_fusion", type=float, default=1.0, metavar="W",
         help="hide: weight of every LoRA in the other layers (default: 1, its release's)")
     add("--blind", action="store_true",
@@ -224,9 +226,10 @@ def remember(memory, fisher, parameters):
 def frozen_features(model, processor, cache, samples):
     """Means over a sample's image tokens, [N, c] (zeros without an image), and over the embeddings
     of its question, [N, d], less the mean of the embedding table."""
-    table = model.get_input_embeddings().weight.float()
+    table = model.get_input_embeddings().weight
     asked = processor.tokenizer([s.question for s in samples], add_special_tokens=False)
-    words = torch.stack([table[ids].mean(0) for ids in asked["input_ids"]]) - table.mean(0)
+    words = torch.stack([table[ids].float().mean(0) for ids in asked["input_ids"]])
+    words = words - table.mean(0, dtype=torch.float32)
     seen = image_features(cache, samples)
     images = torch.zeros(len(samples), model.config.vision_config.hidden_size, device=model.device)
     if seen is not None:
@@ -343,12 +346,12 @@ def evaluate_stage(model, processor, cache, collator, stage, args, title, blind=
     """Rows of eval.evaluate; blind: every image is black; memory: hide's anchors."""
 
     def answer(samples):
+        batch = to_device(collator(samples, train=False), model.device)
+        features = image_features(cache, samples)
         if memory:
             alike = likeness(frozen_features(model, processor, cache, samples), memory)
             fused = torch.full((1, len(memory)), args.hide_fusion, device=model.device)
             share_lora(model, fused, last=(alike / args.hide_temperature).softmax(1))
-        batch = to_device(collator(samples, train=False), model.device)
-        features = image_features(cache, samples)
         if blind and features is not None:
             features = cache([Image.new("RGB", (64, 64))]).expand_as(features)
         return generate(model, processor, batch, features, args.max_new_tokens)
@@ -390,6 +393,8 @@ def main(args, stream, run):
         for p in parameters:
             p.requires_grad_(False)
         earlier.extend([parameters] if parameters else [])
+        if adapters:  # the first one's seed is the run's
+            torch.manual_seed(random.Random(f"{args.seed}/{len(adapters)}").getrandbits(32))
         adapters.append(f"{ADAPTER}-{len(adapters) + 1}" if adapters else ADAPTER)
         parameters = add_lora(model, adapters[-1], args.rank, args.alpha, args.dropout, targets)
         set_lora(model, *adapters if args.method == "olora" else adapters[-1:])
@@ -557,6 +562,8 @@ def main(args, stream, run):
             checkpoint(p + 1)
 
     # ---- 7.5 The result -------------------------------------------------------------------------
+    if me:  # under torchrun the first process has it
+        return
     names = [stage.name for stage in stages]
     print("\n" + evaluation.table(matrix, names) + "\n")
     summary = {"peak_memory_mb": peak_memory(), "trainable_parameters": count["trainable"]}
@@ -581,9 +588,8 @@ def main(args, stream, run):
     if args.method == "hide":  # a folder each: what they add up to depends on the question
         for name, other in zip(adapters, stages, strict=True):
             save_lora(model, name, run / "lora" / other.name, args.model)
-    if (
-        earlier and args.method == "olora"
-    ):  # one file with the ranks of all: B A summed over stages is [B_1 B_2 ..] [A_1; ..]
+    if earlier and args.method == "olora":
+        # one file with the ranks of all: B A summed over stages is [B_1 B_2 ..] [A_1; ..]
         n, layers = len(adapters), [*earlier, parameters]
         joined = add_lora(model, "all", n * args.rank, n * args.alpha, args.dropout, targets)
         with torch.no_grad():

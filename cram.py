@@ -59,6 +59,7 @@ Where we differ from the paper (P) or its public code (C), and why:
 import argparse
 import math
 import os
+import random
 import time
 from pathlib import Path
 
@@ -659,6 +660,7 @@ def main(args, stream, run):
             pairs = [layer.train_pair(*unfinished["pairs"][p]) for p, layer in layers.items()]
         else:
             rank = args.buffer_rank if warm else args.rank
+            torch.manual_seed(random.Random(f"{args.seed}/{stage.name}").getrandbits(32))
             pairs = [layer.fresh_pair(rank) for layer in layers.values()]
         parameters = [p for pair in pairs for p in pair]
         optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01)
@@ -744,14 +746,17 @@ def main(args, stream, run):
                 if not kind:
                     routes |= {f"{t + 1}-{i + 1}-{name}": x for name, x in seen.items()}
         routes[f"{t + 1}-0-ranks"], routes[f"{t + 1}-0-groups"] = ranks.numpy(), memory["group"]
-        np.savez(run / "routing.part.npz", **routes)
-        os.replace(run / "routing.part.npz", run / "routing.npz")
+        if not me:
+            np.savez(run / "routing.part.npz", **routes)
+            os.replace(run / "routing.part.npz", run / "routing.npz")
         evaluation.write_matrix(run, stages, matrix)
         print(f"after {stage.name}: " + " ".join(f"{a:.1f}" for a in matrix[t, : t + 1]))
         lap("evaluation")
         checkpoint(t + 1)
 
     # ---- 7.5 The result -------------------------------------------------------------------------
+    if me:  # under torchrun the first process has it
+        return
     names = [stage.name for stage in stages]
     print("\n" + evaluation.table(matrix, names) + "\n")
     right = routing_accuracy(routes, T)
@@ -893,8 +898,9 @@ def plot(folders, path=None):
     for folder, record in zip(folders, records, strict=True):
         if record["script"] != "cram" or "ranks" not in record:
             raise InputError(f"{folder}: these figures need finished runs of cram.py")
-    keys = [key for key in records[0]["args"] if len({str(r["args"][key]) for r in records}) > 1]
-    labels = [", ".join(["CRAM", *(f"{key} {r['args'][key]}" for key in keys)]) for r in records]
+    flags = [record["args"] for record in records]
+    keys = [key for key in flags[0] if len({str(own.get(key)) for own in flags}) > 1]
+    labels = [", ".join(["CRAM", *(f"{key} {own.get(key)}" for key in keys)]) for own in flags]
     runs = dict(zip(labels, records, strict=True))
     routes = np.load(Path(folders[0]) / "routing.npz")
     figure_routing(records[0], routes, path)

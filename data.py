@@ -228,7 +228,7 @@ STREAMS |= {
             "ArxivQA": "charts with bars: the letter of an answer",
             "VizWiz": "describe a picture of a sign",
             "IconQA": "simple shapes: the letter of an answer",
-            "CLEVR": "how many objects are left without some",
+            "CLEVR": "how many objects there are with no circles",
             "Flickr30k": "describe a picture of things",
         },
         **_PRISM,
@@ -859,6 +859,8 @@ def resolve_defaults(args):
     chosen = {k: v for k, v in values.items() if getattr(args, k) is None and v is not None}
     vars(args).update(chosen)
     check_args(args)
+    if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        args.processes = world  # goes into args.json
     listed = ", ".join(f"{key} {value}" for key, value in chosen.items()) or "all given"
     print(f"defaults for {args.stream} and a {size} model (text width {width}): {listed}")
     return args
@@ -886,7 +888,11 @@ def check_args(args) -> None:
         raise InputError(f"cannot divide {sizes}: the micro-batches of a step must be equal")
     world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
     if world > 1:
-        args.processes = world  # for args.json
+        if ":" in args.device:
+            raise InputError(
+                f"--device {args.device}: torchrun gives every process its own GPU, "
+                "leave the number out"
+            )
         if (args.accumulate or 1) % world:
             raise InputError(
                 f"--accumulate {args.accumulate} must be a multiple of the {world} "

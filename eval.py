@@ -32,17 +32,14 @@ Tables need neither torch nor matplotlib and come at once.
 """
 
 import argparse
-import atexit
 import hashlib
 import json
 import math
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from functools import partial
 from importlib.metadata import version
@@ -542,8 +539,15 @@ def jsonable(value):
     return str(value) if isinstance(value, Path) else value
 
 
+def silent() -> bool:
+    """Under torchrun the first process alone writes; True in the others."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ["RANK"] != "0"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write the whole file or nothing: after a kill the old file is there, never half a new one."""
+    if silent():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
@@ -578,18 +582,15 @@ def read_json(path: Path, lines: bool = False):
 def start_run(args: argparse.Namespace, script: str) -> Path:
     """Make the run folder (args.out or runs/SCRIPT-STREAM-SEED) with its args.json; return it.
 
-    Call it with every default resolved. A finished run says so and ends with SystemExit(0).
+    Call it with every default resolved. A finished run says so and ends with SystemExit(0); under
+    torchrun with code 1, or the other processes would wait.
     InputError: the folder holds another configuration, or an unfinished run and --resume is off,
     or files that are no run; or --resume finds no run.
     """
     name = Path(script).stem
     run = Path(args.out or f"runs/{name}-{Path(args.stream).resolve().name}-{args.seed}")
-    if int(os.environ.get("RANK", 0)):  # under torchrun the first process keeps the run; what the
-        shadow = Path(tempfile.mkdtemp()) / "run"  # others write is thrown away
-        atexit.register(shutil.rmtree, shadow.parent)
-        if args.resume and run.is_dir():
-            shutil.copytree(run, shadow)
-        run = shadow
+    if silent():
+        return run
     now = jsonable({key: value for key, value in vars(args).items() if key not in MAY_DIFFER})
     now |= {"script": name, "commit": git_commit(), "command": shlex.join(["python", *sys.argv])}
     if (run / "args.json").is_file():
@@ -604,7 +605,6 @@ def start_run(args: argparse.Namespace, script: str) -> Path:
                 )
         if (run / "summary.json").is_file():
             print(f"The run in {run} is finished. To see it: python eval.py {run}")
-            # with code 0 torchrun would let the other processes wait
             raise SystemExit(int(os.environ.get("WORLD_SIZE", 1)) > 1)
         if not args.resume:
             raise InputError(f"{run} holds an unfinished run: add --resume or choose another --out")
@@ -626,6 +626,8 @@ def start_run(args: argparse.Namespace, script: str) -> Path:
 
 def append_metrics(run: Path, line: dict) -> None:
     """Add a line to metrics.jsonl; it needs "step", counted over the whole run, for --resume."""
+    if silent():
+        return
     with open(Path(run) / "metrics.jsonl", "a", encoding="utf-8") as file:  # closing it flushes
         file.write(json.dumps(jsonable({"step": line["step"], **line})) + "\n")
 

@@ -47,6 +47,7 @@ import math
 import random
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -110,8 +111,8 @@ def parse(argv=None):
     return args
 
 
-SHAPING = """stream data drawn_sha256 model legacy limit seed epochs lr warm_up batch_size
-    accumulate rank alpha dropout targets""".split()  # what an expert depends on; not on --order
+SHAPING = """stream data drawn_sha256 hold_out object_groups imbalance limit seed epochs lr warm_up
+    batch_size accumulate rank alpha dropout targets dtype""".split()  # what an expert depends on
 
 
 def check_stream(args, stream):
@@ -135,6 +136,9 @@ def check_stream(args, stream):
         record = evaluation.read_run(args.experts)
         if record["script"] != "mllm_cl" or "seconds_by_part" not in record:
             raise InputError(f"--experts {args.experts} is no finished run of mllm_cl.py")
+        if record["model_sha256"] != evaluation.model_sha256(args.model):
+            raise InputError(f"the experts of {args.experts} belong to another model than "
+                             f"--model {args.model}: train without --experts")
         was = record["args"]
         for key in SHAPING:
             old, new = was.get(key), getattr(args, key, None)
@@ -370,12 +374,14 @@ def answer_all(model, processor, cache, collator, samples, choice, stages, args,
         parts = batches_of(own, args.eval_batch_size)
         for part, texts in zip(parts, share_out(answer, parts), strict=True):
             answers |= {(id(s), k): text for s, text in zip(part, texts, strict=True)}
+        if own:
+            move_lora(model, expert_name(stages[k]), "cpu")
         count += len(own)
     return count
 
 
 def use(model, name):
-    """Make an adapter the active one, on the model's device; all others go to the CPU."""
+    """Make an adapter the active one, on the model's device."""
     move_lora(model, name, model.device)
     set_lora(model, name)
 
@@ -392,7 +398,7 @@ def route(model, processor, cache, collator, samples, t, args, stream, letters, 
         return np.ones((N, 1)), [0] * N, 0
     if args.router == "prototype":
         parts = [samples[k : k + 64] for k in range(0, N, 64)]
-        own = torch.cat([frozen_features(model, processor, cache, part) for part in parts])
+        own = torch.cat(share_out(partial(frozen_features, model, processor, cache), parts))
         likeness = F.normalize(own) @ F.normalize(torch.stack(prototypes)).T
         return (20 * likeness).softmax(1).numpy(), likeness.argmax(1).tolist(), 0
     descriptions = [stream.descriptions[stage.name] for stage in stream.stages[: t + 1]]
@@ -442,6 +448,7 @@ def main(args, stream, run):
 
     # ---- 7.1 The model: a frozen LLaVA; experts are added stage by stage ------------------------
     model, processor, cache = set_up(args)
+    me, _ = processes()
     targets = args.targets.split(",")
     collator = Collator(processor, image_tokens(model, processor))
 
@@ -460,6 +467,8 @@ def main(args, stream, run):
     print(f"{T} stages, training + test samples: {sizes}")
     print(f"{args.epochs} epochs in steps of {args.batch_size} samples, micro-batches of {micro}")
     print(f"router: {args.router}, {args.shots} samples kept of every task")
+    if args.router in ("mllm", "generate"):
+        print("it reads: " + "; ".join(f"{s.name}: {stream.descriptions[s.name]}" for s in stages))
     for metric in {stage.metric for stage in stages} & evaluation.STAND_INS.keys():
         print(evaluation.STAND_INS[metric])
 
@@ -535,14 +544,15 @@ def main(args, stream, run):
             steps = [order[k : k + size] for order in orders for k in range(0, len(order), size)]
             if args.experts:  # their time counts as if they had been trained here
                 load_lora(model, expert_name(stage), Path(args.experts) / "experts" / stage.name)
-                was = evaluation.read_run(args.experts)["seconds_by_part"]
-                seconds["expert"] = was["expert"] * (t + 1) / T
+                was = evaluation.read_run(args.experts)
+                each = was["seconds_by_part"]["expert"] / len(was["stages"])
+                seconds["expert"] = each * (t + 1)
             else:
                 learn(expert_name(stage), "expert", stage.train, steps, micro, args.lr)
             save_lora(model, expert_name(stage), run / "experts" / stage.name, args.model)
             if args.router == "prototype":
                 parts = [stage.train[k : k + 64] for k in range(0, len(stage.train), 64)]
-                own = [frozen_features(model, processor, cache, part) for part in parts]
+                own = share_out(partial(frozen_features, model, processor, cache), parts)
                 prototypes.append(torch.cat(own).mean(0))
             unfinished = {"phase": "router", "steps": 0}
             checkpoint(t, unfinished)
@@ -563,7 +573,8 @@ def main(args, stream, run):
                 order = chosen.sample(range(len(asked)), len(asked))
                 size = args.router_batch
                 steps += [order[k : k + size] for k in range(0, len(order), size)]
-            learn(f"{ROUTER}-{t + 1}", "router", asked, steps, size, args.router_lr)
+            micro_router = math.ceil(size / args.accumulate)
+            learn(f"{ROUTER}-{t + 1}", "router", asked, steps, micro_router, args.router_lr)
             save_lora(model, f"{ROUTER}-{t + 1}", run / "router", args.model)
 
         # test on all stages seen so far; with --hold_out also on the object group that was left out
@@ -573,12 +584,14 @@ def main(args, stream, run):
             for i, test in enumerate(tests[: t + 1]):
                 if asks:
                     use(model, f"{ROUTER}-{t + 1}")
-                probability, choice, failures = route(
-                    model, processor, cache, collator, test.test, t, args, stream, letters,
-                    prototypes,
-                )  # fmt: skip
                 if args.router == "oracle":
-                    choice, probability = [i] * len(choice), np.eye(t + 1)[[i] * len(choice)]
+                    choice, failures = [i] * len(test.test), 0
+                    probability = np.eye(t + 1)[choice]
+                else:
+                    probability, choice, failures = route(
+                        model, processor, cache, collator, test.test, t, args, stream, letters,
+                        prototypes,
+                    )  # fmt: skip
                 cost["failures"] += failures
                 cost["router_passes"] += len(choice) if asks else 0
                 lap("routing")
@@ -601,8 +614,9 @@ def main(args, stream, run):
                 lap("answers")
         if asks:
             remove_lora(model, f"{ROUTER}-{t + 1}")
-        with open(routing, "a") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+        if not me:
+            with open(routing, "a") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
         evaluation.write_matrix(run, stages, matrix)
         right = 100 * np.mean([record["right"] for record in records])
         print(f"after {stage.name}: " + " ".join(f"{a:.1f}" for a in matrix[t, : t + 1])
@@ -611,6 +625,8 @@ def main(args, stream, run):
         checkpoint(t + 1)
 
     # ---- 7.5 The result -------------------------------------------------------------------------
+    if me:  # under torchrun the first process has it
+        return
     names = [stage.name for stage in stages]
     print("\n" + evaluation.table(matrix, names) + "\n")
     lines = [json.loads(line) for line in routing.read_text().splitlines()]

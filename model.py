@@ -246,13 +246,13 @@ def remove_lora(model, name):
 @contextmanager
 def lora_off(model):
     """The pretrained model inside a with-block: a reference that needs no second copy."""
-    before = [(layer, layer.active) for layer in _adapted(model).values()]
+    before = [(layer, layer.active, layer.shares) for layer in _adapted(model).values()]
     set_lora(model)
     try:
         yield
     finally:
-        for layer, active in before:
-            layer.active = active
+        for layer, active, shares in before:
+            layer.active, layer.shares = active, shares
 
 
 def lora_state(model, name):
@@ -282,6 +282,8 @@ def save_lora(model, name, folder, base):
 
     base: name of the pretrained model, noted in the file.
     """
+    if processes()[0]:
+        return
     folder, layers = Path(folder), _adapted(model, name)
     folder.mkdir(parents=True, exist_ok=True)
     first = next(iter(layers.values()))
@@ -668,14 +670,19 @@ def set_up(args):
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    rank, world = processes()
+    me, world = processes()
     if world > 1:
         if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            own, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if own >= cards:
+                raise InputError(
+                    f"torchrun has started more processes than there are GPUs, {cards}"
+                )
+            device = f"cuda:{own}"
             torch.cuda.set_device(device)
-        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        dist.init_process_group()
         atexit.register(dist.destroy_process_group)
-        if rank:  # the first process speaks for all
+        if me:  # the first process speaks for all
             sys.stdout = open(os.devnull, "w")
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model, processor = load_llava(args.model, device, dtype)
@@ -688,6 +695,8 @@ def set_up(args):
 
 def save_checkpoint(run, state):
     """Write run/checkpoint/state.pt whole or not at all: a kill leaves the one before."""
+    if processes()[0]:
+        return
     path = run / "checkpoint" / "state.pt"
     path.parent.mkdir(exist_ok=True)
     torch.save(state, path.with_suffix(".part"))
@@ -702,22 +711,22 @@ def load_checkpoint(run):
 
 def random_state():
     """torch's generators, the only ones drawn from while training (LoRA's dropout)."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *gpus]
+    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *gpu]
 
 
 def set_random_state(states):
     torch.set_rng_state(states[0])
     if states[1:]:
-        torch.cuda.set_rng_state_all(states[1:])
+        torch.cuda.set_rng_state(states[1])
 
 
 # ----------------------------------------------------------------------------------------------
 # 7. Several GPUs: torchrun --nproc_per_node N asr.py ... --accumulate N
 # ----------------------------------------------------------------------------------------------
 # Every process has the whole model and takes every N-th micro-batch of a step, its loss weighed by
-# its share of the whole step; then the gradients are added up. That is all that torch's
-# DistributedDataParallel would do for us, and a LoRA's gradients are a few MB.
+# its share of the whole step; then the gradients are added up, which is what torch's
+# DistributedDataParallel would do. All make the same steps; the first one alone prints and writes.
 
 
 def processes():
@@ -741,11 +750,13 @@ def share_out(function, parts):
 
 
 def add_up_gradients(parameters):
-    """Give every process the sum of all processes' gradients."""
+    """Give every process the sum of all processes' gradients; None if none of them has any."""
     if processes()[1] > 1:
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
+        used = gather([p.grad is not None for p in parameters])
+        for p, anywhere in zip(parameters, map(any, zip(*used, strict=True)), strict=True):
+            if anywhere:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                dist.all_reduce(p.grad)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -857,7 +868,8 @@ def memory_table(rank=16, targets=("q", "v", "projector"), text=64, question=24,
     return "\n".join(lines)
 
 
-GPUS = {"RTX 4090, 24 GB": 165, "A100, 80 GB": 312, "H100, 80 GB": 989}  # dense bf16 TFLOP/s
+# memory (GB) and dense bf16 TFLOP/s, from their data sheets
+GPUS = {"RTX 4090": (24, 165), "A100": (80, 312), "H100": (80, 989)}
 USED = 0.35  # of that: a guess, from what is common for training with checkpointing
 
 
@@ -869,18 +881,24 @@ def hours_table(text=64, epochs=3, samples=537_503):
     """
     lines = [
         f"Computed, not measured: hours of training at {100 * USED:.0f}% (a guess) of the card's",
-        f"dense bf16 peak, 576 image tokens and {text} of text, checkpointing on; tests and",
-        "prototypes and the tower's one pass per image come on top.",
+        f"dense bf16 peak, 576 image tokens and {text} of text, checkpointing on. On top come the",
+        "tests, the tower's one pass per image, and for asr.py two passes over each stage (about a",
+        "third of an epoch each). -: the weights alone do not fit.",
         "",
-        "| | " + " | ".join(GPUS) + " |",
+        "| | " + " | ".join(f"{name}, {size} GB" for name, (size, _) in GPUS.items()) + " |",
         "|---|" + "---|" * len(GPUS),
     ]
     for name, width, inner, depth in (("7B", 4096, 11008, 32), ("13B", 5120, 13824, 40)):
         weights, S = depth * (4 * width**2 + 3 * width * inner), 576 + text
         operations = 3 * S * (2 * weights + 4 * S * width * depth / 2)  # causal: half of S^2
         for what, n in (("100,000 samples", 1e5), (f"vqacl, {epochs} epochs", epochs * samples)):
-            hours = [n * operations / (USED * peak * 1e12) / 3600 for peak in GPUS.values()]
-            lines.append(f"| {name}, {what} | " + " | ".join(f"{h:.1f}" for h in hours) + " |")
+            hours = [
+                f"{n * operations / (USED * peak * 1e12) / 3600:.1f}"
+                if 2 * weights < size * 1e9
+                else "-"
+                for size, peak in GPUS.values()
+            ]
+            lines.append(f"| {name}, {what} | " + " | ".join(hours) + " |")
     return "\n".join(lines)
 
 

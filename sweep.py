@@ -83,8 +83,8 @@ SWEEPS = {
         {f"lr {rate}": f"{SEQUENTIAL} --lr {rate}" for rate in RATES},
     ),
     # Which skills, weight and LoRA targets make the spectral loss help? Many settings on two seeds,
-    # with our targets, with the paper's, and with the paper's at a rate where attention drifts far
-    # (on vqacl nothing is learned at that rate).
+    # with our targets and rate, with the paper's targets at a rate of their own, and with those at
+    # a rate at which sequential LoRA collapses (on vqacl it learns nothing then).
     "search": (["domains", "vqacl"], SEARCH[:2], search_rows()),
     "search-targets": (
         ["domains", "vqacl"],
@@ -193,12 +193,12 @@ def file_name(label: str) -> str:
 def cells(name: str):
     """Yield (record path, command line) of every cell of a sweep."""
     streams, seeds, rows = SWEEPS[name]
-    for seed in seeds:  # seed outside: a stopped sweep has whole comparisons, not half of the rows
+    for seed in seeds:  # seed outside: a stopped sweep has more whole comparisons
         for stream in streams:
             for label, command in rows.items():
                 stem = f"{file_name(label)}-{stream}-{seed}"
                 # named by its command: two sweeps that ask for the same run share it
-                flags = command.split(" --experts")[0].replace("--", "")
+                flags = command.split(" --experts runs")[0].replace("--", "")
                 out = RUNS / f"{file_name(flags)}-{stream}-{seed}"
                 own = command.format(stream=stream, seed=seed)
                 line = f"{own} --stream {stream} --seed {seed} --threads 1 --out {out}"
@@ -327,7 +327,10 @@ def block(name: str, markdown: bool = True) -> str:
 def line_of(file: str, name: str) -> int:
     """Where `def name` or `class name` stands in a file, from 1."""
     lines = Path(file).read_text().splitlines()
-    return 1 + next(k for k, x in enumerate(lines) if re.match(rf"(def|class) {name}\b", x))
+    found = [k for k, x in enumerate(lines) if re.match(rf"(def|class) {name}\b", x)]
+    if not found:
+        raise data.InputError(f"a page links to {name} in {file}: there is no such function")
+    return 1 + found[0]
 
 
 def write_page(path: Path) -> None:
@@ -370,7 +373,7 @@ def main() -> None:
     if not args.table:
         errors = []
         for later in (False, True):  # cells that take the experts of another cell wait for it
-            part = [cell for cell in todo if ("--experts" in cell[1]) == later]
+            part = [cell for cell in todo if ("--experts runs" in cell[1]) == later]
             with ThreadPoolExecutor(args.jobs) as pool:
                 errors += [e for e in pool.map(lambda cell: run_cell(*cell), part) if e]
         for error in errors:

@@ -36,9 +36,13 @@ def spectra(maps):
 
 def idea(run, path):
     """One question: where it looks, the spectrum of that, and the two profiles that are kept."""
-    skill = max(run.old, key=lambda skill: skill.life[skill.i]["accuracy"])
-    row, seen = run.rows[skill.i, skill.i][0], run.seen
-    picture, attention = (seen(skill.i, skill.i, name)[0] for name in ("picture", "map"))
+    kept = [
+        skill for skill in run.old if skill.mine[0] < asr.CASES
+    ]  # the map of a question is kept
+    skill = max(kept, key=lambda skill: skill.life[skill.i]["accuracy"])
+    case, seen = skill.mine[0], run.seen
+    row = run.rows[skill.i, skill.i][case]
+    picture, attention = (seen(skill.i, skill.i, name)[case] for name in ("picture", "map"))
     power, r, d = spectra(attention[None])
     figure, axes = evaluation.new_figure(1, 4, height=2.1)
     axes[0].imshow(picture)
@@ -101,14 +105,9 @@ def theory(run, path):
     return evaluation.save_figure(figure, path)
 
 
-def interval(r, n):
-    """95% interval of a correlation r of n pairs, by Fisher's z."""
-    z, half = np.arctanh(r), 1.96 / np.sqrt(n - 3)
-    return np.tanh(z - half), np.tanh(z + half)
-
-
 def drift(records, path):
-    """What every skill has forgotten by the end against the drift of its spectrum, all seeds."""
+    """What every skill has forgotten by the end against the drift of its spectrum, all seeds. One
+    correlation a run; the mean over the seeds and its 95% t interval."""
     streams = sorted({record["stream"] for record in records})
     kinds = {True: "with L_spec", False: "without"}
     figure, axes = evaluation.new_figure(1, len(streams), height=3.4)
@@ -117,14 +116,20 @@ def drift(records, path):
         for k, (spectral, kind) in enumerate(kinds.items()):
             own = [r for r in records
                    if r["stream"] == stream and (r["args"]["beta"] > 0) == spectral]  # fmt: skip
-            pairs = np.array([pair for r in own for pair in r["drift"].values()])
-            if len(pairs) < 4:
+            runs = [[pair for pair in r["drift"].values() if None not in pair] for r in own]
+            runs = [np.array(pairs, dtype=float).T for pairs in runs if len(pairs) > 3]
+            if not runs:
                 continue
-            axis.semilogx(*pairs.T, "os"[k], color=evaluation.COLORS[k], ms=3, alpha=0.4,
-                          label=kind)  # fmt: skip
-            value = np.corrcoef(*pairs.T)[0, 1]
-            low, high = interval(value, len(pairs))
-            lines.append(f"{kind}: r = {value:.2f} [{low:.2f}, {high:.2f}], n = {len(pairs)}")
+            color = evaluation.COLORS[k]
+            points = np.concatenate(runs, 1)
+            axis.semilogx(*points, "os"[k], color=color, ms=3, alpha=0.4, label=kind)
+            by_seed = {}
+            for r, pairs in zip(own, runs, strict=True):
+                by_seed.setdefault(r["seed"], []).append(np.corrcoef(*pairs)[0, 1])
+            values = [np.mean(v) for v in by_seed.values()]
+            low, high = evaluation.t_interval(values)
+            lines.append(f"{kind}: r = {np.mean(values):.2f} [{low:.2f}, {high:.2f}], "
+                         f"{len(values)} seeds")  # fmt: skip
         asr.style(axis, "\n".join([stream, *lines]), "drift (JSD, nats)", "forgotten (points)")
         axis.legend(fontsize=8)
     return evaluation.save_figure(figure, path)

@@ -10,7 +10,7 @@ from test_scripts import kill_after, results, run_here
 
 import baselines
 from data import Collator, InputError
-from model import add_lora, forward, image_tokens, remove_lora, set_lora, share_lora
+from model import add_lora, forward, generate, image_tokens, remove_lora, set_lora, share_lora
 
 
 @pytest.fixture
@@ -110,13 +110,34 @@ def test_likeness_is_the_mean_cosine_of_images_and_questions():
     torch.testing.assert_close(baselines.likeness((images, words), memory), wanted)
 
 
-def test_hide_begins_as_one_lora_and_keeps_a_lora_of_every_stage(flags, tmp_path):
+def test_hide_begins_as_one_lora_and_keeps_a_lora_of_every_stage(flags, tmp_path, monkeypatch):
     """With one stage there is nothing to weigh; a kill changes nothing; no stage touches another's
-    LoRA, and a LoRA that is far from a question counts little in the last layer."""
+    LoRA; in tests a LoRA counts in the last layer as its stage is like the question."""
     flags = [*flags, "--dropout", "0", "--targets", "q,v,projector"]
     plain = run_here("baselines", flags, tmp_path / "sequential")
-    more = [*flags, "--method", "hide", "--save_every", "2"]
-    whole = run_here("baselines", more, tmp_path / "whole")
+    more, seen = [*flags, "--method", "hide", "--save_every", "2"], []
+
+    def watched_share(model, shares, last):
+        seen.append((shares, last))
+        share_lora(model, shares, last)
+
+    def watched_answers(model, *args):
+        active = [m for m in model.modules() if getattr(m, "active", ())]
+        assert (
+            all(m.shares is not None for m in active) and len({len(m.active) for m in active}) == 1
+        )
+        return generate(model, *args)
+
+    monkeypatch.setattr(baselines, "share_lora", watched_share)
+    monkeypatch.setattr(baselines, "generate", watched_answers)
+    # without a cache the tower runs before every answer, with all adapters off
+    whole = run_here("baselines", [*more, "--features", "off"], tmp_path / "whole")
+    monkeypatch.undo()
+    assert [last.shape[1] for _, last in seen] == [1] * 1 + [2] * 2 + [3] * 3
+    for shares, last in seen:
+        assert shares.shape[0] == 1 and (shares == 1).all()
+        torch.testing.assert_close(last.sum(1), torch.ones(len(last)))
+    assert (seen[-1][1].max(1).values > 1.01 / 3).all()
     assert losses(whole)[:6] == losses(plain)[:6]
     first = "predictions/after-1-on-1.jsonl"
     assert (whole / first).read_bytes() == (plain / first).read_bytes()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import types
 
 import numpy as np
@@ -23,8 +24,6 @@ ROUTER = "--router_epochs 2 --shots 3 --router_batch 4 --targets q,v,projector -
 @pytest.fixture(scope="module")
 def flags(flags, stream_folder, tmp_path_factory):
     """The shared flags, on a copy of the stream whose stages have descriptions."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("described") / "stream"
     shutil.copytree(stream_folder, folder)
     spec = {"stages": ["one", "two", "three"]}
@@ -161,9 +160,14 @@ def test_experts_of_another_run_give_the_same_bytes(mllm_run, flags, tmp_path):
 
 
 def test_experts_of_another_run_must_fit(mllm_run, flags, tmp_path):
+    for name, lost in (("unfinished", "summary.json"), ("partial", "experts/two")):
+        shutil.copytree(mllm_run, tmp_path / name)
+        (tmp_path / name / lost).rename(tmp_path / f"lost-{name}")
     for more, sentence in (
         (["--lr", "0.123"], "--lr .* and now --lr is 0.123"),
         (["--experts", str(tmp_path)], "is no run folder"),
+        (["--experts", str(tmp_path / "unfinished")], "is no finished run of mllm_cl.py"),
+        (["--experts", str(tmp_path / "partial")], "experts/two is missing"),
     ):
         with pytest.raises(data.InputError, match=sentence):
             run_here("mllm_cl", [*flags, "--experts", str(mllm_run), *more], tmp_path / "run")
