@@ -40,16 +40,13 @@ RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")
 PAPER_TARGETS = "q,v,projector"
 
 
-def search_rows(flags=""):
+def search_rows(flags="", strong=True):
     """Sequential LoRA; ASR without L_geo at the paper's weight, and at 10 times of it."""
-    strong = "--gamma 0 --skills shared --tau inf"
-    rows = {
-        "sequential": SEQUENTIAL,
-        "stream": f"{ASR} --gamma 0 --skills stream",
-        "parser": f"{ASR} --gamma 0 --skills parser",
-        "shared": f"{ASR} --gamma 0 --skills shared",
-        "shared, beta 5, w = 1": f"{ASR} {strong} --beta 5",
-    }
+    rows = {"sequential": SEQUENTIAL}
+    for skills in ("stream", "parser", "shared"):
+        rows[skills] = f"{ASR} --gamma 0 --skills {skills}"
+    if strong:
+        rows["shared, beta 5, w = 1"] = f"{ASR} --gamma 0 --skills shared --tau inf --beta 5"
     return {label: f"{command} {flags}".strip() for label, command in rows.items()}
 
 
@@ -82,20 +79,21 @@ SWEEPS = {
         range(3),
         {f"lr {rate}": f"{SEQUENTIAL} --lr {rate}" for rate in RATES},
     ),
-    # Which skills, weight and LoRA targets make the spectral loss help? Many settings on two seeds,
-    # with our targets and rate, with the paper's targets at a rate of their own, and with those at
-    # a rate at which sequential LoRA collapses (on vqacl it learns nothing then).
+    # Which skills, weight and LoRA targets make the spectral loss help? On two seeds: our targets,
+    # the paper's targets, and the paper's at higher rates, up to those at which sequential LoRA
+    # collapses.
     "search": (["domains", "vqacl"], SEARCH[:2], search_rows()),
     "search-targets": (
         ["domains", "vqacl"],
         SEARCH[:2],
+        search_rows(f"--targets {PAPER_TARGETS}", strong=False),
+    ),
+    "search-rate": (
+        ["domains", "vqacl"],
+        SEARCH[:1],
         search_rows(f"--targets {PAPER_TARGETS} --lr 4e-3"),
     ),
-    "search-drift": (
-        ["domains"],
-        SEARCH[:2],
-        search_rows(f"--targets {PAPER_TARGETS} --lr 1e-2"),
-    ),
+    "search-drift": (["domains"], SEARCH[:2], search_rows(f"--targets {PAPER_TARGETS} --lr 1e-2")),
     # on seeds not used before, at the default settings and where attention drifts far
     "report": (["domains", "vqacl"], REPORT, report_rows()),
     "report-drift": (["domains"], REPORT, report_rows(f"--targets {PAPER_TARGETS} --lr 1e-2")),
