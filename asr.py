@@ -103,10 +103,10 @@ def parse(argv=None):
         help="of the weight w = exp(-min_s D2_s / tau), Eq. 24; inf: w = 1 (default: 1)")
     add("--weight", default="detached", choices=["detached", "published"],
         help="w as a constant, or with its gradient as published (default: detached, ours)")
-    add("--skills", default="stream", choices=["stream", "parser", "shared"],
+    add("--skills", default="parser", choices=["stream", "parser", "shared"],
         help="Eq. 5, skills are: the data's kinds of questions, known; those kinds, guessed from "
              "frozen question embeddings; a fixed list of generic ones, by question words "
-             "(default: stream)")
+             "(default: parser, best in our search)")
     add("--posterior", default="soft", choices=["soft", "hard"],
         help="pi as it is, or one-hot, Eq. 5 (default: soft)")
     add("--parser_temperature", type=float, default=0.05, metavar="X",

@@ -149,11 +149,13 @@ def posterior(samples, *flags, t=1, skills=None, **more):
 
 
 def test_posterior_of_known_skills(samples):
-    soft, hard = posterior(samples[:5]), posterior(samples[:5], "--posterior", "hard")
+    known = ["--skills", "stream"]
+    soft = posterior(samples[:5], *known)
+    hard = posterior(samples[:5], *known, "--posterior", "hard")
     torch.testing.assert_close(soft, 0.9375 * torch.eye(5) + 0.0125)
     assert (hard == torch.eye(5)).all()
     samples[2].image = None
-    assert posterior(samples[:5])[2].sum() == 0  # nothing to look at
+    assert posterior(samples[:5], *known)[2].sum() == 0  # nothing to look at
 
 
 def test_posterior_of_one_prototype_per_stage_or_for_all(samples):
