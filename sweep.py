@@ -13,6 +13,7 @@ are printed as missing. Cells run on one thread each, --jobs of them at a time.
 
 import argparse
 import math
+import random
 import re
 import shlex
 import shutil
@@ -161,6 +162,37 @@ SWEEPS |= {
         | {f"{n} shots": f"{MR_LORA} --shots {n} {SAME_EXPERTS}" for n in (1, 5, 10, 50)},
     ),
 }
+
+
+# Everything on everything: at most 400 training samples and 60 test questions a stage, so that it
+# fits the machine; three seeds for what is there to be compared with, five for the rest.
+SMALL = "--limit 400 --limit_test 60"
+ALL = ["vqacl", "clt-vqa", "coin", "ucit", "dcl", "acl", "trigap"]
+METHODS = {"sequential": SEQUENTIAL, "ASR": ASR, "CRAM": CRAM, "MR-LoRA": MR_LORA}
+METHODS["joint"] = "baselines.py --method joint"
+OTHERS = "zeroshot replay ewc lwf olora moelora hide".split()
+SWEEPS |= {
+    "all": (ALL, range(5), {label: f"{command} {SMALL}" for label, command in METHODS.items()}),
+    "all-baselines": (
+        ALL,
+        range(3),
+        {"sequential": f"{SEQUENTIAL} {SMALL}"}
+        | {name: f"baselines.py --method {name} {SMALL}" for name in OTHERS},
+    ),
+}
+
+
+# Two further orders of the stages.
+for _stream in ("vqacl", "dcl"):
+    _stages = data.STREAMS[_stream].stages
+    _orders = {
+        "reversed": _stages[::-1],
+        "shuffled": random.Random(0).sample(_stages, len(_stages)),
+    }
+    for _order, _names in _orders.items():
+        _flags = f"{SMALL} --order {','.join(_names)}"
+        _rows = {label: f"{METHODS[label]} {_flags}" for label in METHODS if label != "joint"}
+        SWEEPS[f"{_stream}-{_order}"] = ([_stream], range(3), _rows)
 
 
 def _last(record, key):
