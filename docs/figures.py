@@ -2,8 +2,8 @@
 
     python docs/figures.py RUN       RUN: a folder of asr.py, for the attention maps in it
 
-It writes asr-idea.png and asr-theory.png from the maps of RUN, and asr-drift.png from
-results/report/*.json, into docs/figures.
+It writes asr-idea.png and asr-theory.png from the maps of RUN, and asr-drift.png from the records
+of the sweeps "report" and "report-drift", into docs/figures.
 """
 
 import argparse
@@ -105,32 +105,29 @@ def theory(run, path):
     return evaluation.save_figure(figure, path)
 
 
-def drift(records, path):
+def drift(panels, path):
     """What every skill has forgotten by the end against the drift of its spectrum, all seeds. One
-    correlation a run; the mean over the seeds and its 95% t interval."""
-    streams = sorted({record["stream"] for record in records})
+    correlation a run; the mean over the seeds and its 95% t interval. panels: {title: records}."""
     kinds = {True: "with L_spec", False: "without"}
-    figure, axes = evaluation.new_figure(1, len(streams), height=3.4)
-    for axis, stream in zip(np.ravel(axes), streams, strict=True):
+    figure, axes = evaluation.new_figure(1, len(panels), height=3.6)
+    for axis, (title, records) in zip(np.ravel(axes), panels.items(), strict=True):
         lines = []
         for k, (spectral, kind) in enumerate(kinds.items()):
-            own = [r for r in records
-                   if r["stream"] == stream and (r["args"]["beta"] > 0) == spectral]  # fmt: skip
-            runs = [[pair for pair in r["drift"].values() if None not in pair] for r in own]
-            runs = [np.array(pairs, dtype=float).T for pairs in runs if len(pairs) > 3]
-            if not runs:
+            own = [r for r in records if (r["args"]["beta"] > 0) == spectral]
+            if not own:
                 continue
-            color = evaluation.COLORS[k]
-            points = np.concatenate(runs, 1)
+            runs = [np.array([p for p in r["drift"].values() if None not in p]).T for r in own]
+            points, color = np.concatenate(runs, 1), evaluation.COLORS[k]
             axis.semilogx(*points, "os"[k], color=color, ms=3, alpha=0.4, label=kind)
             by_seed = {}
             for r, pairs in zip(own, runs, strict=True):
                 by_seed.setdefault(r["seed"], []).append(np.corrcoef(*pairs)[0, 1])
             values = [np.mean(v) for v in by_seed.values()]
-            low, high = evaluation.t_interval(values)
-            lines.append(f"{kind}: r = {np.mean(values):.2f} [{low:.2f}, {high:.2f}], "
-                         f"{len(values)} seeds")  # fmt: skip
-        asr.style(axis, "\n".join([stream, *lines]), "drift (JSD, nats)", "forgotten (points)")
+            mean, low, high, _ = evaluation.paired(values, np.zeros(len(values)))
+            lines.append(f"{kind}: r = {mean:.2f} [{low:.2f}, {high:.2f}]")
+        title = "\n".join([f"{title}, {len({r['seed'] for r in records})} seeds", *lines])
+        asr.style(axis, title, "drift (JSD, nats)", "forgotten (points)")
+        axis.title.set_fontsize(8)
         axis.legend(fontsize=8)
     return evaluation.save_figure(figure, path)
 
@@ -141,10 +138,14 @@ def main() -> None:
     run = asr.load_run(parser.parse_args().run)
     asr.name_runs([run])
     drawn = [idea(run, FIGURES / "asr-idea.png"), theory(run, FIGURES / "asr-theory.png")]
-    found = sorted((ROOT / "results" / "report").glob("*.json"))
-    records = [r for r in map(evaluation.load_record, found) if "drift" in r]
-    if records:
-        drawn.append(drift(records, FIGURES / "asr-drift.png"))
+    panels = {}
+    for sweep in ("report", "report-drift"):
+        for file in sorted((ROOT / "results" / sweep).glob("*.json")):
+            record = evaluation.load_record(file)
+            if "drift" in record:  # runs of asr.py
+                panels.setdefault(f"{sweep}: {record['stream']}", []).append(record)
+    if panels:
+        drawn.append(drift(panels, FIGURES / "asr-drift.png"))
     print("\n".join(map(str, drawn)))
 
 
