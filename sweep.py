@@ -225,7 +225,8 @@ def cells(name: str):
                 own = command.format(stream=stream, seed=seed, twice=TWICE.get(stream))
                 flags = own.split(" --experts runs")[0].replace("--", "")
                 out = RUNS / f"{file_name(flags)}-{stream}-{seed}"
-                line = f"{own} --stream {stream} --seed {seed} --threads 1 --out {out}"
+                threads = "" if name == "default" else "--threads 1 "  # one is as a user starts it
+                line = f"{own} --stream {stream} --seed {seed} {threads}--out {out}"
                 yield RESULTS / name / f"{stem}.json", line
 
 
