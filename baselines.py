@@ -223,14 +223,13 @@ def remember(memory, fisher, parameters):
 
 
 @torch.no_grad()
-def frozen_features(model, processor, cache, samples):
+def frozen_features(model, processor, samples, seen):
     """Means over a sample's image tokens, [N, c] (zeros without an image), and over the embeddings
-    of its question, [N, d], less the mean of the embedding table."""
+    of its question, [N, d], less the mean of the embedding table. seen: their image_features."""
     table = model.get_input_embeddings().weight
     asked = processor.tokenizer([s.question for s in samples], add_special_tokens=False)
     words = torch.stack([table[ids].float().mean(0) for ids in asked["input_ids"]])
     words = words - table.mean(0, dtype=torch.float32)
-    seen = image_features(cache, samples)
     images = torch.zeros(len(samples), model.config.vision_config.hidden_size, device=model.device)
     if seen is not None:
         images[[s.image is not None for s in samples]] = seen.float().mean(1)
@@ -239,8 +238,8 @@ def frozen_features(model, processor, cache, samples):
 
 def anchors(model, processor, cache, samples):
     """hide: what the images and the questions of a stage are like, [c] and [d]."""
-    parts = [frozen_features(model, processor, cache, samples[k : k + 64])
-             for k in range(0, len(samples), 64)]  # fmt: skip
+    parts = [samples[k : k + 64] for k in range(0, len(samples), 64)]
+    parts = [frozen_features(model, processor, p, image_features(cache, p)) for p in parts]
     return [torch.cat(x).mean(0) for x in zip(*parts, strict=True)]
 
 
@@ -349,7 +348,7 @@ def evaluate_stage(model, processor, cache, collator, stage, args, title, blind=
         batch = to_device(collator(samples, train=False), model.device)
         features = image_features(cache, samples)
         if memory:
-            alike = likeness(frozen_features(model, processor, cache, samples), memory)
+            alike = likeness(frozen_features(model, processor, samples, features), memory)
             fused = torch.full((1, len(memory)), args.hide_fusion, device=model.device)
             share_lora(model, fused, last=(alike / args.hide_temperature).softmax(1))
         if blind and features is not None:
