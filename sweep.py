@@ -77,7 +77,7 @@ SWEEPS = {
     # the learning rate at which sequential LoRA ends best
     "rate": (
         ["domains", "vqacl"],
-        range(3),
+        SEARCH[:2],
         {f"lr {rate}": f"{SEQUENTIAL} --lr {rate}" for rate in RATES},
     ),
     # Which skills, weight and LoRA targets make the spectral loss help? On two seeds: at the
