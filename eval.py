@@ -2,7 +2,8 @@
 
     python eval.py RUN                           one run: its accuracy matrix and its metrics
     python eval.py RUN RUN ... --plot FOLDER     compare runs, and draw them
-    python eval.py results/*.json --table        records: mean +- std over seeds, paired differences
+    python eval.py results/NAME/*.json --table   records: mean +- std over seeds, paired differences
+    python eval.py results --table               every table of README and docs, missing cells too
 
 Saved predictions are scored again, without a model, and must give the run's matrix.json.
 
@@ -1010,6 +1011,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="only the table over seeds")
     parser.add_argument("--plot", metavar="FOLDER", help="draw the figures into FOLDER")
     args = parser.parse_args(argv)
+    if args.table and any(Path(args.runs[0]).glob("*/*.json")) and len(args.runs) == 1:
+        import sweep  # it knows the rows of each sweep; it imports this file, so not at the top
+
+        sweep.RESULTS = Path(args.runs[0])
+        for name in sweep.SWEEPS:
+            print(f"## {name}\n\n{sweep.block(name, args.markdown)}\n")
+        return 0
     folders = [path for path in args.runs if not path.endswith(".json")]
     records = {path: read_run(path) if path in folders else load_record(path) for path in args.runs}
     first = records[args.runs[0]]

@@ -34,6 +34,15 @@ def test_tables_and_line_numbers_are_up_to_date(page, tmp_path, monkeypatch):
     assert copy.read_text() == page.read_text()
 
 
+def test_one_command_prints_every_table(monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "RESULTS", ROOT / "results")  # main sets it; this undoes that
+    assert evaluation.main([str(ROOT / "results"), "--table", "--markdown"]) == 0
+    printed = capsys.readouterr().out
+    for page in PAGES:
+        for name in re.findall(r"<!-- table (\S+) -->\n(?=[^<]*, \1, seeds)", page.read_text()):
+            assert f"## {name}\n\n{sweep.block(name)}\n" in printed
+
+
 def test_the_program_in_the_readme_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     (program,) = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
