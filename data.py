@@ -44,7 +44,8 @@ have more references in val_coco_type_3000.json beside the test file (COCO's for
 dcl is DIR/<domain>/{images/,train.json,test.json}; acl has DIR/<ability>/{images/,train.json} and
 DIR/<ability>_test/{images/,test.json}.
 An optional DIR/stream.json overrides the table: {"stages": [...], "metric": "exact" | "vqa" | ...,
-"suffix": "...", "descriptions": {stage: one line for the router of mllm_cl.py}}. A record may
+"metrics": {stage: metric, where it is another one}, "suffix": "...", "descriptions": {stage: one
+line for the router of mllm_cl.py}}. A record may
 carry "skill", the kind of its question; else it is the stage's name.
 
 Worked example. The vqacl record above becomes, for LLaVA-1.5 ([..] is in the loss, _.._ are the
@@ -130,8 +131,8 @@ _TRAIN = (131478, 12580, 160179, 25211, 62156, 33633, 50872, 23932, 31594, 5868)
 _TEST = (5628, 611, 7194, 1100, 2658, 1373, 2192, 1089, 1416, 200)
 VQA_COUNTS = dict(zip(QUESTION_TYPES, zip(_TRAIN, _TEST, strict=True), strict=True))
 SHORT = "Answer the question using a single word or phrase."
-# One line a task for the router of mllm_cl.py to read. All such lines are ours, with words that the
-# tiny LLaVA knows; for real data better ones can go into DIR/stream.json.
+# One line a task for the router of mllm_cl.py to read. All such lines are ours, short and in the
+# tiny LLaVA's words as far as it has them; for real data others can go into DIR/stream.json.
 VQA_TASKS = {
     "recognition": "what a thing is called",
     "location": "where a thing is",
@@ -175,6 +176,7 @@ class Row:
     folders: tuple = ("",)  # where the folders of the stages may lie; the first that exists
     images: str | None = None  # what image paths are relative to (None: the file's folder)
     test_suffix: Callable | None = None  # (stage, question, gold, legacy) -> added in tests only
+    skill: str = "skill"  # where a record says the kind of its question, if not in "skill"
     descriptions: dict = field(default_factory=dict)  # stage -> one line, for mllm_cl.py's router
     suffix: str = ""  # appended to every question; LLaVA-style files hold it already
     published: dict = field(default_factory=dict)
@@ -294,8 +296,9 @@ STREAMS |= {
 
 
 def dcl_suffix(stage: str, question: str, gold: str, legacy: bool) -> str:
-    """What MLLM-CL's scripts add to DCL's test questions. They choose Fin's from the GOLD answer,
-    which tells the kind of question (legacy); ours looks at the question: does it list options?"""
+    """What is added to DCL's test questions. Med's is MCITlib's; MLLM-CL's scripts add it only for
+    the zero-shot model. MLLM-CL chooses Fin's from the GOLD answer, which tells the kind of
+    question (legacy); ours looks at the question: does it list options?"""
     if stage == "Med":
         return "Answer the question with a single word (or phrase)."
     if stage == "Fin":
@@ -328,6 +331,8 @@ STREAMS |= {
         "OCR Math VP APP".split(),
         metrics={"OCR": "ocr", "Math": "math", "VP": "count", "APP": "letter"},
         files={stage: f"train ../{stage}_test/test" for stage in "OCR Math VP APP".split()},
+        folders=("", "ability"),
+        skill="answer_type",  # OCRBench's
         descriptions={
             "OCR": "text and numbers written on signs and documents",
             "Math": "problems and equations to solve",
@@ -390,8 +395,8 @@ def _text(value, what: str) -> str:
 class Reader:
     """Reads the samples below one data folder."""
 
-    def __init__(self, root: Path, suffix: str, problem):
-        self.root, self.suffix, self.problem = root, suffix, problem
+    def __init__(self, root: Path, suffix: str, problem, skill: str = "skill"):
+        self.root, self.suffix, self.problem, self.skill = root, suffix, problem, skill
         self.listings: dict[Path, set[str]] = {}  # file names per image folder
         self.found: dict[str, Path] = {}  # COCO image id -> file
         self.golds: dict[str, dict | None] = {}  # question id -> raw answers, per COCO split
@@ -445,7 +450,7 @@ class Reader:
         if self.suffix and not question.endswith(self.suffix):
             question = f"{question}\n{self.suffix}"
         answer = Counter(answers).most_common(1)[0][0]
-        skill = str(record.get("skill", stage))
+        skill = str(record.get("skill", record.get(self.skill, stage)))
         return Sample(str(key), image, question, answer, answers, skill, stage, "", self.suffix)
 
     def llava(self, record: dict, stage: str, folder: Path, coco: bool = False) -> Sample:
@@ -650,10 +655,14 @@ def load_stream(args, problem=_stop) -> Stream:
         raise InputError(f"{root} has no stages: sub-folders with train.json and test.json")
     if not all(isinstance(n, str) and Path(n).name == n and n != ".." for n in names):
         raise InputError(f"{root}/stream.json: stages must be plain folder names, not {names}")
-    if metric not in METRICS or not isinstance(suffix, str):
+    for key in ("metrics", "descriptions"):
+        if not isinstance(spec.get(key, {}), dict):
+            raise InputError(f"{root}/stream.json: {key} must be {{stage: text}}")
+    metrics = ({} if "metric" in spec else row.metrics) | spec.get("metrics", {})
+    if not {metric, *metrics.values()} <= set(METRICS) or not isinstance(suffix, str):
         known = ", ".join(METRICS)
         raise InputError(f"{root}/stream.json: metric must be one of {known}, and suffix text")
-    reader = Reader(root, suffix, problem)
+    reader = Reader(root, suffix, problem, row.skill)
     grouped = "object_groups" in row.extras
     categories = {}
     if grouped:
@@ -689,7 +698,7 @@ def load_stream(args, problem=_stop) -> Stream:
         return samples
 
     def metric_of(stage: str) -> str:
-        own = row.metrics.get(stage, metric)
+        own = metrics.get(stage, metric)
         return own + legacy if own in HAS_LEGACY else own
 
     def group_of(sample: Sample) -> str:
@@ -734,6 +743,9 @@ def load_stream(args, problem=_stop) -> Stream:
             blocks = [[i for i, s in enumerate(train) if s.group == group] for group in visit]
             blocks = [block for block in blocks if block]
         stages.append(Stage(stage, train, test, metric_of(stage), blocks))
+    if any(stage.metric == "math" for stage in stages):
+        print("MathVista's published score needs a paid model to extract answers: ours is a "
+              "rule-based stand-in")  # fmt: skip
     descriptions = row.descriptions | spec.get("descriptions", {})
     return Stream(name, stages, root, suffix, row.published, descriptions, novel or None)
 

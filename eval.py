@@ -276,10 +276,6 @@ def count_match(prediction: str, answers) -> float:
     return float(any(answer.lower().replace(" ", "") in said for answer in answers))
 
 
-STAND_INS = {
-    "math": "MathVista's score needs a paid model to extract answers; ours is a rule-based stand-in"
-}
-
 # Captions are scored over a whole test set, against several references each, on words split as
 # below (the usual Java tokenizer does nearly that). METEOR needs Java and is left out, so our mean
 # is "BLEU-ROUGE": of BLEU-1..4 and ROUGE-L, never to be put in a column of a paper's mean.

@@ -142,17 +142,21 @@ SWEEPS |= {
             "replay, 20 a task": "baselines.py --method replay",
             "joint": "baselines.py --method joint",
             "MR-LoRA": MR_LORA,
+            "MR-LoRA, all images": f"{MR_LORA} --no-blind_shots {SAME_EXPERTS}",
             "MR-LoRA, generate": f"{MR_LORA} --router generate {SAME_EXPERTS}",
             "MR-LoRA, prototype": f"{MR_LORA} --router prototype {SAME_EXPERTS}",
             "MR-LoRA, oracle": f"{MR_LORA} --router oracle {SAME_EXPERTS}",
         },
     ),
     # how many kept samples does the router need?
-    "shots": (
+    "shots": (  # the router sees 200 samples a task whatever n is
         ["dcl", "acl"],
         range(3),
         {"20 shots": MR_LORA}
-        | {f"{n} shots": f"{MR_LORA} --shots {n} {SAME_EXPERTS}" for n in (1, 5, 10, 50)},
+        | {
+            f"{n} shots": f"{MR_LORA} --shots {n} --router_epochs {200 // n} {SAME_EXPERTS}"
+            for n in (1, 5, 10, 50)
+        },
     ),
 }
 

@@ -8,11 +8,13 @@ import types
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from test_scripts import kill_after, run_here
 
 import data
 import eval as evaluation
+import mini
 import mllm_cl
 from data import Collator
 from eval import score
@@ -71,19 +73,44 @@ def test_experts_do_not_depend_on_the_order_of_the_tasks(mllm_run, flags, tmp_pa
     mllm_cl.plot([mllm_run, run], tmp_path / "figures")
 
 
-def test_the_routed_answer_is_the_chosen_experts_own(mllm_run, flags, tmp_path):
-    """One expert alone answers a question as it does in a run with three and a router."""
-    lines = [json.loads(line) for line in (mllm_run / "routing.jsonl").read_text().splitlines()]
-    end = [line for line in lines if line["stage"] == 3]
-    stages = ["one", "two", "three"]
-    for k, stage in enumerate(stages):
-        alone = run_here("mllm_cl", [*flags, "--order", stage], tmp_path / stage)
-        own = evaluation.read_json(evaluation.predictions_file(alone, 0, 0), lines=True)
-        said = {row["question_id"]: row["text"] for row in own}
-        routed = evaluation.read_json(evaluation.predictions_file(mllm_run, 2, k), lines=True)
-        for line, row in zip([x for x in end if x["task"] == k + 1], routed, strict=True):
-            if line["choice"] == k + 1:
-                assert row["text"] == said[row["question_id"]]
+def test_the_routed_answer_is_the_chosen_experts_own(flags, tmp_path, monkeypatch):
+    """Whatever the router chooses, that expert answers, as it does alone. And the router learns
+    from the kept training samples of the tasks seen so far, and from nothing else."""
+    count_checked, seen = [], {}
+    route, answer_all, train = mllm_cl.route, mllm_cl.answer_all, mllm_cl.train
+
+    def wrong_route(m, processor, cache, collator, samples, t, *rest):
+        probability, choice, failures = route(m, processor, cache, collator, samples, t, *rest)
+        return probability, [(k + 1) % (t + 1) for k in range(len(choice))], failures
+
+    def spy_answers(m, processor, cache, collator, samples, choice, stages, args, answers):
+        count = answer_all(m, processor, cache, collator, samples, choice, stages, args, answers)
+        for sample, k in zip(samples, choice, strict=True):  # each alone, by the adapter itself
+            mllm_cl.use(m, f"expert-{stages[k].name}")
+            batch = collator([sample], train=False)
+            images = mllm_cl.image_features(cache, [sample])
+            (text,) = mllm_cl.generate(m, processor, batch, images, args.max_new_tokens)
+            count_checked.append(answers[id(sample), k] == text)
+        return count
+
+    def spy_train(m, parameters, samples, *rest, **more):
+        seen[rest[7]] = samples  # by the title
+        return train(m, parameters, samples, *rest, **more)
+
+    monkeypatch.setattr(mllm_cl, "route", wrong_route)
+    monkeypatch.setattr(mllm_cl, "answer_all", spy_answers)
+    monkeypatch.setattr(mllm_cl, "train", spy_train)
+    run = run_here("mllm_cl", [*flags, "--shots", "4"], tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "routing.jsonl").read_text().splitlines()]
+    end = [line for line in lines if line["stage"] == 3 and line["task"] == 1]
+    assert [line["choice"] for line in end] == [2, 3, 1, 2, 3]
+    assert count_checked == [True] * 30
+    for t, name in ((1, "two"), (2, "three")):
+        asked = seen[f"stage {t + 1}/3 {name} router"]
+        assert len(asked) == 2 * 4 * (t + 1) and {s.stage for s in asked} <= {"one", "two", name}
+        names = [s.image.name for s in asked if s.image]
+        assert names and all(name.startswith("train") for name in names)
+        assert all(s.image is None for s in asked[len(asked) // 2 :])  # --blind_shots
 
 
 def test_the_router_sees_no_test_data_and_no_suffix(flags):
@@ -133,12 +160,25 @@ def test_texts_of_the_generating_router(text, wanted, monkeypatch, tiny, samples
     assert choice == [wanted] and failures == (not wanted)
 
 
-@pytest.mark.parametrize("lines", [9, 14])  # killed in an expert, and in the router of stage 2
+# killed in an expert, in the router of stage 2, and when that router is done
+@pytest.mark.parametrize("lines", [9, 14, 16])
 def test_killed_and_resumed_gives_the_same_bytes(lines, mllm_run, flags, tmp_path):
     run, more = tmp_path / "killed", ["--save_every", "1"]
     kill_after(lines, "mllm_cl", [*flags, *more], run)
+    with open(run / "routing.jsonl", "a") as file:
+        file.write('{"stage": 1, "ta')  # what a kill may leave of a line
     run_here("mllm_cl", [*flags, *more, "--resume"], run)
     assert results(run) == results(mllm_run)
+
+
+def test_every_shot_is_seen_with_and_without_its_image():
+    steps = mllm_cl.router_steps(10, 4, 3, "0/1", blind=True)
+    passes = [sum(steps[k : k + 4], []) for k in range(0, 16, 4)]
+    assert [len(step) for step in steps] == [3, 3, 3, 1] * 4
+    for one, next_one in zip(passes, passes[1:], strict=False):
+        assert sorted(one + next_one) == list(range(20))
+        assert sum(i >= 10 for i in one) == 5  # both kinds in every pass
+    assert max(map(max, mllm_cl.router_steps(10, 4, 3, "0/1", blind=False))) == 9
 
 
 @pytest.mark.parametrize("more", ["--router generate", "--router prototype --accumulate 2",
@@ -236,6 +276,60 @@ def test_published_rows_give_their_bwt():
 )
 def test_scorers_of_the_benchmark(metric, prediction, answers, facts, wanted):
     assert score(metric, prediction, answers, facts) == wanted
+
+
+@pytest.mark.parametrize("folder", ["", "ability"])
+def test_the_released_layout_of_acl(folder, tmp_path):
+    """Folders as the release has them; OCRBench's answer_type reaches its scorer."""
+    formula, parts = "Handwritten Mathematical Expression Recognition", {}
+    for stage in ("OCR", "Math", "VP", "APP"):
+        for split in ("train", "test"):
+            home = tmp_path / folder / (stage if split == "train" else f"{stage}_test")
+            (home / "images").mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(home / "images" / "0.png")
+            record = {"question_id": 0, "image": "images/0.png", "text": "what?", "answer": "x^2"}
+            if split == "train":
+                said = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "x"}]
+                record = {"id": 0, "image": "images/0.png", "conversations": said}
+            elif stage == "OCR":
+                record["answer_type"] = formula
+            (home / f"{split}.json").write_text(json.dumps([record]))
+    args = mllm_cl.parse(["--stream", "acl", "--data", str(tmp_path)])
+    stream = data.load_stream(data.resolve_defaults(args))
+    for stage in stream.stages:
+        parts[stage.name] = stage.test[0].skill
+        assert stage.test[0].image.parent.parent.name == f"{stage.name}_test"
+    assert parts == {"OCR": formula, "Math": "Math", "VP": "VP", "APP": "APP"}
+    ocr = stream.stages[0]
+    rows = evaluation.evaluate(lambda samples: ["x ^ 2"] * len(samples), ocr.test, ocr.metric, 4)
+    assert rows[0]["score"] == 1
+
+
+@pytest.mark.parametrize("task", mini.TASKS["acl"])
+def test_the_tests_of_mini_acl_are_drawn_unlike_its_training_data(task):
+    """Nearest mean color and contrast tell training from test pictures; of dcl they could not.
+    Only in VP it is other things that are counted."""
+    rng = np.random.default_rng(0)
+
+    def looks(draw, *test):
+        images = np.stack([draw(rng, *test)[0] for _ in range(60)]) / 255
+        return np.concatenate([images.mean((1, 2)), images.std((1, 2))], 1)
+
+    def questions(test):
+        return {draw(rng, test)[1] for _ in range(60)}
+
+    def told_apart(a, b):
+        middles = np.stack([part[:30].mean(0) for part in (a, b)])
+        near = [np.linalg.norm(part[30:, None] - middles, axis=2).argmin(1) for part in (a, b)]
+        return np.mean(np.concatenate([near[0] == 0, near[1] == 1]))
+
+    draw = mini.TASKS["acl"][task]
+    if task == "VP":
+        assert not questions(False) & questions(True)
+    else:
+        assert told_apart(looks(draw, False), looks(draw, True)) > 0.85
+    same = mini.TASKS["dcl"]["RS"]
+    assert told_apart(looks(same), looks(same)) < 0.75
 
 
 def test_suffixes_of_dcl():
