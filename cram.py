@@ -39,7 +39,8 @@ Where we differ from the paper (P) or its public code (C), and why:
  5. (P, C) sigma is a third of the median distance between the stages' centroids in the features in
     use; the published 2 fits CLIP's embeddings. (With the whole median an image that lies on its
     own centroid still gives an expert at median distance e^(-1/2) = 0.6 times the weight of its
-    own: that is nearly even.)
+    own: that is nearly even. With the third, stages that look different hardly share experts;
+    the run prints how much.) It is computed anew after every stage, from the centroids so far.
  6. (P, C) The default features are LLaVA's own: mean token embedding of the instruction less the
     mean of the table (all embeddings share a large part), mean tower feature of the image.
     --routing_features NAME takes a CLIP model, as published.
@@ -60,7 +61,9 @@ import argparse
 import math
 import os
 import random
+import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -121,12 +124,14 @@ def parse(argv=None):
         help="sigma 2, novelty not relative, buffer not at least 16 steps, groups by lead alone "
              "(default: off)")
     add("--routing", default="centroid", choices=["centroid", "uniform", "oracle"],
-        help="inside a group: by RBF, evenly; or the stage's own expert, known (default: centroid)")
+        help="inside a group: by RBF, evenly; or in tests the stage's own expert alone, known "
+             "(default: centroid)")
     add("--reuse", action=argparse.BooleanOptionalAction, default=True,
         help="mix a group's experts; off: one expert per task, trained and used alone, the most "
              "likely one (default: on)")
     add("--fixed_rank", action="store_true",
-        help="keep the r_max strongest directions, whatever they are (default: off)")
+        help="keep the r_max strongest directions as they are, with what older experts have in "
+             "them (default: off)")
     add("--grouping", action=argparse.BooleanOptionalAction, default=True,
         help="level 1; off: one group for all (default: on)")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
@@ -144,9 +149,9 @@ def parse(argv=None):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name} {getattr(args, name)} must be above zero")
     if not args.plot:
-        args.rank = args.rank or (10 if args.stream == "trigap" else 9)
-        args.alpha = args.alpha or 2.0 * args.rank
-        args.targets = args.targets or "q,k,v,o"
+        args.rank = (10 if args.stream == "trigap" else 9) if args.rank is None else args.rank
+        args.alpha = 2.0 * args.rank if args.alpha is None else args.alpha
+        args.targets = "q,k,v,o" if args.targets is None else args.targets
         if "projector" in args.targets.split(","):
             raise InputError("--targets projector: CRAM's projector stays frozen, or old experts "
                              f"would see other images; use some of {', '.join(TARGETS[:-1])}")
@@ -217,19 +222,29 @@ class RoutingFeatures:
     def __init__(self, model, processor, cache, clip=None):
         self.cache, self.seen, self.clip = cache, {}, None
         self.table = model.get_input_embeddings().weight
+        self.width = model.model.multi_modal_projector.linear_1.in_features  # c
         self.center = self.table.float().mean(0).cpu()
         self.tokenizer, self.device = processor.tokenizer, model.device
         if clip:
-            from transformers import CLIPModel, CLIPProcessor
+            from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
             try:
-                self.clip = CLIPModel.from_pretrained(clip, use_safetensors=True)
-                self.clip_processor = CLIPProcessor.from_pretrained(clip, use_fast=False)
+                kind = CLIPConfig.get_config_dict(clip)[0].get("model_type")
+                if kind != "clip":
+                    raise ValueError(f"its config.json says model_type {kind!r}")
+                self.clip, found = CLIPModel.from_pretrained(
+                    clip, use_safetensors=True, output_loading_info=True
+                )
+                if missing := sorted(found["missing_keys"]):
+                    raise ValueError(f"{len(missing)} weights are missing, {missing[0]} first")
+                self.clip_processor = CLIPProcessor.from_pretrained(clip, backend="pil")
+                made = self.clip_processor.image_processor.crop_size["height"]
             except Exception as error:  # no folder, no network, other shapes: many kinds
                 line = str(error).strip().split("\n")[0]
                 raise InputError(f"--routing_features {clip}: no CLIP model: {line}") from None
-            side = self.clip.config.vision_config.image_size
-            made = self.clip_processor.image_processor.crop_size["height"]
+            side, self.width = self.clip.config.vision_config.image_size, self.clip.projection_dim
+            # of a question that is too long the end stays: it says the form of the answer
+            self.clip_processor.tokenizer.truncation_side = "left"
             if made != side:
                 raise InputError(
                     f"--routing_features {clip}: its processor makes images of {made} pixels, "
@@ -248,8 +263,7 @@ class RoutingFeatures:
                 # the sample itself is kept: its id stays its own for as long as it lives
                 self.seen[id(sample)] = (u, next(images) if sample.image else None, sample)
         rows = [self.seen[id(sample)] for sample in samples]
-        width = next((len(q) for _, q, _ in rows if q is not None), 1)
-        blank = torch.full((width,), math.nan)
+        blank = torch.full((self.width,), math.nan)
         images = [blank if q is None else q for _, q, _ in rows]
         return torch.stack([u for u, _, _ in rows]), torch.stack(images)
 
@@ -503,16 +517,13 @@ def backward(model, batch, features, share, routing, layers, lambda_orth):
 def weights_for(u, q, memory, args, own=None):
     """Group [N] and pi [N, E] of samples with features u [N, d], q [N, c].
 
-    own: the number of the stage's expert, which training and oracle routing know. In training the
-    group is known, too.
+    own: in training the number of the stage's expert, whose group is known then.
     """
     centroids, groups = memory["centroid"], memory["group"]
     if own is None:
         group = group_of(u, memory["prototype"] / memory["count"][:, None])
     else:
         group = groups[own].expand(len(u))
-    if args.routing == "oracle" and own is not None:
-        return group, F.one_hot(torch.full((len(u),), own), len(groups)).float()
     if args.routing == "uniform":
         q = torch.full_like(q, math.nan)
     pi = route(q, group, centroids, groups, args.sigma or default_sigma(centroids))
@@ -528,8 +539,10 @@ def evaluate_stage(model, processor, cache, collator, stage, i, args, title, fea
     routing = memory["routing"]
 
     def answer(samples):
-        own = i if args.routing == "oracle" else None
-        group, pi = weights_for(*features_of(samples), memory, args, own)
+        group, pi = weights_for(*features_of(samples), memory, args)
+        if args.routing == "oracle":
+            group = memory["group"][i].expand(len(samples))
+            pi = F.one_hot(torch.full((len(samples),), i), pi.shape[1]).float()
         for sample, g, row in zip(samples, group.tolist(), pi.numpy(), strict=True):
             found[place[id(sample)]] = g, row
         routing.weights = pi.to(model.device)
@@ -591,13 +604,15 @@ def main(args, stream, run):
     memory |= {"centroid": None, "prototype": None, "count": torch.zeros(0)}
     matrix, novel, routes = np.full((T, T), np.nan), np.full((T, T), np.nan), {}
     stored, energy = [], []  # parameters after each stage; energy of its expert in the older ones
+    trained, shared, sigmas = [], [], []  # parameters trained in it; mean gamma; sigma
     first, step, unfinished = 0, 0, None  # stage to begin with, steps so far, a stage half done
     if args.resume and (state := load_checkpoint(run)):
         torch.set_num_threads(state["threads"])  # another number would round differently
         set_random_state(state["random"])
         first, step, unfinished = state["stage"], state["step"], state["unfinished"]
         matrix, novel, seconds = state["matrix"].numpy(), state["novel"].numpy(), state["seconds"]
-        stored, energy = state["stored"], state["energy"]
+        stored, energy, trained = state["stored"], state["energy"], state["trained"]
+        shared, sigmas = state["shared"], state["sigmas"]
         memory |= state["memory"]
         for path, layer in layers.items():
             for name, value in state["experts"][path].items():
@@ -611,7 +626,8 @@ def main(args, stream, run):
     def checkpoint(done, unfinished=None):
         kept = {path: dict(layer.named_buffers(recurse=False)) for path, layer in layers.items()}
         state = {"stage": done, "unfinished": unfinished, "step": step, "random": random_state()}
-        state |= {"experts": kept, "stored": stored, "energy": energy}
+        state |= {"experts": kept, "stored": stored, "energy": energy, "trained": trained}
+        state |= {"shared": shared, "sigmas": sigmas}
         state |= {"memory": {k: v for k, v in memory.items() if k != "routing"}}
         state |= {"matrix": torch.tensor(matrix), "novel": torch.tensor(novel)}
         save_checkpoint(run, state | {"seconds": seconds, "threads": torch.get_num_threads()})
@@ -654,6 +670,8 @@ def main(args, stream, run):
         least = 1 if args.paper_constants else 16
         warm = max(math.ceil(args.buffer_share * len(steps)), least) if args.buffer_share else 0
         warm = min(warm, len(steps) - 1)
+        print(f"{warm} steps in the buffer, {len(steps) - warm} in the expert; old experts have "
+              f"{100 * gamma.mean():.1f}% of the weight")  # fmt: skip
         begin = 0
         if unfinished:
             begin = unfinished["steps"]
@@ -683,7 +701,7 @@ def main(args, stream, run):
                     )  # fmt: skip
                     pairs.append(layer.train_pair(A, B))
                 parameters = [p for pair in pairs for p in pair]
-                # no second rise of the rate: the expert begins with directions that were trained
+                # a guess: no second rise of the rate, as the expert begins with trained directions
                 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01)
             routing.buffer = k < warm
             lr = args.lr * schedule(k, len(steps), args.warm_up)
@@ -726,6 +744,9 @@ def main(args, stream, run):
         routing.buffer, routing.weights = False, None
         inside = [shared_energy(v, v.old_outputs) for v in layers.values() if older]
         energy.append(float(np.mean(inside)) if inside else math.nan)
+        trained.append(sum(p.numel() for p in parameters))
+        shared.append(float(gamma.mean()))
+        sigmas.append(args.sigma or default_sigma(memory["centroid"]))
         for layer in layers.values():
             layer.keep(t)
         experts = sum(layer.A.numel() + layer.B.numel() for layer in layers.values())
@@ -761,7 +782,11 @@ def main(args, stream, run):
     print("\n" + evaluation.table(matrix, names) + "\n")
     right = routing_accuracy(routes, T)
     print(f"right group {right['group']:.1f}%, right expert {right['expert']:.1f}% of all tests")
-    summary = {"peak_memory_mb": peak_memory(), "trainable_parameters": per_rank * args.rank}
+    buffer = per_rank * args.buffer_rank if args.buffer_share else 0
+    summary = {"peak_memory_mb": peak_memory(), "trainable_parameters": max(buffer, *trained)}
+    summary |= {"trained_parameters": trained, "old_experts_weight": shared, "sigma": sigmas}
+    instructions = [stage.train[0].question.split("\n")[-1] for stage in stages]
+    summary |= {"instructions": instructions}
     summary |= {"tower_runs": cache.tower_runs, "stored_parameters": stored, "energy": energy}
     summary |= {"groups": memory["group"].tolist(), "ranks": ranks.tolist(), "per_rank": per_rank}
     summary |= {"routing_accuracy": right, "layers": list(layers)}
@@ -781,12 +806,15 @@ def main(args, stream, run):
 
 def routing_accuracy(routes, T):
     """After the last stage: share (%) of test samples in the right group, and whose largest weight
-    is that of their own stage's expert."""
+    is that of their own stage's expert. nan where weights are even: there is no largest."""
     groups, right = np.asarray(routes[f"{T}-0-groups"]), {"group": [], "expert": []}
     for i in range(T):
         right["group"] += (routes[f"{T}-{i + 1}-group"] == groups[i]).tolist()
-        right["expert"] += (routes[f"{T}-{i + 1}-weights"].argmax(1) == i).tolist()
-    return {name: 100 * float(np.mean(values)) for name, values in right.items()}
+        weights = np.asarray(routes[f"{T}-{i + 1}-weights"])
+        top = weights == weights.max(1, keepdims=True)
+        right["expert"] += np.where(top.sum(1) == 1, top[:, i], math.nan).tolist()
+    with warnings.catch_warnings(action="ignore"):  # nan alone has no mean
+        return {name: 100 * float(np.nanmean(values)) for name, values in right.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -808,8 +836,8 @@ def figure_routing(record, routes, path):
     axis.set_xticks(range(T), labels, rotation=45, ha="right", fontsize=8)
     axis.set_xlabel("expert of")
     axis.set_ylabel("test samples of")
-    right = record["routing_accuracy"]
-    axis.set_title(f"Routing: right group {right['group']:.0f}%, expert {right['expert']:.0f}%")
+    right = {k: "-" if v is None else f"{v:.0f}%" for k, v in record["routing_accuracy"].items()}
+    axis.set_title(f"Routing: right group {right['group']}, right expert {right['expert']}")
     figure.colorbar(image, ax=axis, label="weight of the expert")
     return evaluation.save_figure(figure, path / "routing.png")
 
@@ -817,7 +845,7 @@ def figure_routing(record, routes, path):
 def figure_groups(record, path):
     """The tree: question -> groups -> experts, in the order in which the stages came."""
     groups = record["groups"]
-    figure, axis = evaluation.new_figure(height=1.2 + 0.42 * len(groups))
+    figure, axis = evaluation.new_figure(height=1.2 + 0.5 * len(groups))
     order = sorted(range(len(groups)), key=lambda k: (groups[k], k))
     place = {k: y for y, k in enumerate(order)}
     for g in sorted(set(groups)):
@@ -829,10 +857,11 @@ def figure_groups(record, path):
             axis.plot([1, 2], [middle, y], color=color)
     for k, y in place.items():
         mean = np.mean(record["ranks"][k])
-        axis.text(2.03, y, f"expert {k + 1}: {record['stages'][k]}, mean rank {mean:.1f}",
-                  va="center", fontsize=9)  # fmt: skip
+        text = f"expert {k + 1}: {record['stages'][k]}, mean rank {mean:.1f}\n"
+        text += f'"{textwrap.shorten(record["instructions"][k], 56)}"'
+        axis.text(2.03, y, text, va="center", fontsize=8)
     axis.text(0, (len(groups) - 1) / 2, "question ", ha="right", va="center", fontsize=9)
-    axis.set_xlim(-0.4, 4)
+    axis.set_xlim(-0.4, 5)
     axis.invert_yaxis()
     axis.axis("off")
     axis.set_title("Instruction groups and their experts")
@@ -860,16 +889,20 @@ def figure_parameters(runs, path):
     figure, axis = evaluation.new_figure()
     for k, (label, record) in enumerate(runs.items()):
         stages = np.arange(1, len(record["stored_parameters"]) + 1)
-        axis.plot(stages, np.array(record["stored_parameters"]) / 1e3, label=label,
-                  color=evaluation.COLORS[k % 7], marker=evaluation.MARKERS[k % 7])  # fmt: skip
+        color = evaluation.COLORS[k % 7]
+        axis.plot(stages, np.array(record["stored_parameters"]) / 1e3, color=color,
+                  marker=evaluation.MARKERS[k % 7], label=f"{label}: stored")  # fmt: skip
+        axis.plot(stages, np.array(record["trained_parameters"]) / 1e3, color=color,
+                  linestyle="-.", label=f"{label}: trained, after the buffer")  # fmt: skip
     rank = record["args"]["rank"]
     one = record["per_rank"] * rank / 1e3
     axis.plot(stages, one * stages, "k--", label=f"one LoRA of rank {rank} a task")
-    axis.plot(stages, one * len(stages) + 0 * stages, "k:", label="MoE-LoRA, one expert a task")
+    axis.plot(stages, one * len(stages) + 0 * stages, "k:",
+              label=f"a mixture of {len(stages)} such experts from the start")  # fmt: skip
     axis.set_xticks(stages)
     axis.set_xlabel("after training stage")
-    axis.set_ylabel("stored parameters (thousands)")
-    axis.set_title("What is kept: experts, centroids, prototypes")
+    axis.set_ylabel("parameters (thousands)")
+    axis.set_title("What is kept (experts, centroids, prototypes), and what is trained")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return evaluation.save_figure(figure, path / "parameters.png")
@@ -898,6 +931,8 @@ def plot(folders, path=None):
     for folder, record in zip(folders, records, strict=True):
         if record["script"] != "cram" or "ranks" not in record:
             raise InputError(f"{folder}: these figures need finished runs of cram.py")
+    if len({str(record["stages"]) for record in records}) > 1:
+        raise InputError("--plot: these runs went through different stages or another order")
     flags = [record["args"] for record in records]
     keys = [key for key in flags[0] if len({str(own.get(key)) for own in flags}) > 1]
     labels = [", ".join(["CRAM", *(f"{key} {own.get(key)}" for key in keys)]) for own in flags]

@@ -114,8 +114,8 @@ SWEEPS |= {
         ["ucit", "trigap"],
         range(5),
         {
-            "sequential": f"{SEQUENTIAL} {SAME_LAYERS} --lr 5e-4",
             "one LoRA a task, task known": f"{CRAM} --buffer_share 0 --no-reuse --routing oracle",
+            "sequential": f"{SEQUENTIAL} {SAME_LAYERS} --lr 5e-4",
             "CRAM": CRAM,
             "CRAM, the paper's constants": f"{CRAM} --paper_constants",
         },
@@ -192,15 +192,25 @@ for _stream in ("vqacl", "dcl"):
         SWEEPS[f"{_stream}-{_order}"] = ([_stream], range(3), _rows)
 
 
+def _number(value):
+    return math.nan if value is None else value
+
+
 def _last(record, key):
     return record[key][-1] if key in record else math.nan
 
 
 EXTRA = {  # sweep -> {head of a further column: function of a record}
     name: {
-        "right group (%)": lambda r: r.get("routing_accuracy", {}).get("group", math.nan),
-        "right expert (%)": lambda r: r.get("routing_accuracy", {}).get("expert", math.nan),
+        "right group (%)": lambda r: _number(r.get("routing_accuracy", {}).get("group")),
+        "right expert (%)": lambda r: _number(r.get("routing_accuracy", {}).get("expert")),
+        "old experts' weight (%)": lambda r: 100 * np.mean(r.get("old_experts_weight", math.nan)),
         "stored (1000)": lambda r: _last(r, "stored_parameters") / 1e3,
+        "of one LoRA a task (%)": lambda r: (
+            100
+            * _last(r, "stored_parameters")
+            / (r.get("per_rank", math.nan) * r["args"]["rank"] * len(r["stages"]))
+        ),
     }
     for name in ("cram", "cram-ablation")
 }

