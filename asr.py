@@ -52,6 +52,10 @@ Where we differ from the paper (P) or its public code (C), and why:
 13. (C) Answers are generated as text; the code classifies over a list of frequent answers.
 14. (C) With accumulation the task loss is the mean over the answer tokens of the whole step,
     however it is cut. L_geo compares the samples of ONE micro-batch and is zero for a single one.
+15. (P) The parser of Eq. 5 is not described: --skills parser takes frozen input embeddings and a
+    centroid per kind of question, one more vector of the model's width that is kept per skill.
+16. (P, C) The rate rises over the first steps of every stage, as each has a fresh AdamW.
+17. (C) --hold_out trains the group that is left out in no stage; VQACL's code does in the first.
 2-5 and 7 go back with --descriptor paper, 6 with --weight published, 8 with --renormalize.
 """
 
@@ -96,7 +100,9 @@ def parse(argv=None):
     add = parser.add_argument_group("ASR (the paper's defaults where not ours)").add_argument
     add("--beta", type=float, default=0.5,
         help="weight of L_spec, from the second stage on, Eq. 29 (default: 0.5)")
-    add("--gamma", type=float, default=0.05, help="weight of L_geo, Eq. 29 (default: 0.05)")
+    add("--gamma", type=float, default=0.05,
+        help="weight of L_geo, Eq. 29; it compares the samples of ONE micro-batch, so --accumulate "
+             "changes it (default: 0.05)")
     add("--lambda_ang", type=float, default=0.1, metavar="LAMBDA",
         help="weight of the angular profile in L_spec, Eq. 23 (default: 0.1)")
     add("--tau", type=float, default=1.0,
@@ -119,7 +125,8 @@ def parse(argv=None):
         help="phi is: all; the map without Fourier transform; r only; d only (default: full)")
     add("--prototypes", default="gaussian", choices=["gaussian", "mean", "task", "global"],
         help="Eqs. 15-20: mean and variance per skill; mean per skill; one per stage, pulling from "
-             "all earlier ones; one for everything (default: gaussian)")
+             "all earlier ones; one for everything; the last two need no --skills (default: "
+             "gaussian)")
     add("--tau_skill", type=float, default=0.2, metavar="TAU_S",
         help="samples with pi_s above it make the prototype of s, Eq. 15 (default: 0.2)")
     add("--ema", type=float, default=0.9, metavar="ALPHA",
@@ -404,7 +411,8 @@ def update_centroids(parser, questions, samples, skills):
 
 
 def new_prototypes(S, D, M):
-    """An empty memory. It is all that is kept of the past: 2 D + M + 1 floats per skill."""
+    """An empty memory, 2 D + M + 1 floats per skill. With --skills parser a centroid is kept, too:
+    nothing else is known of the past."""
     return {
         "mean": torch.zeros(S, D),
         "var": torch.ones(S, D),
@@ -818,7 +826,8 @@ def main(args, stream, run):
     summary["drift"] = {name: [float(drift(*life)), forgotten(*life)]  # nats, points
                         for name, life in lives.items()}  # fmt: skip
     if memory:
-        summary["prototype_floats"] = sum(value.numel() for value in memory.values())
+        kept = [*memory.values(), *(parser or {}).values()]
+        summary["prototype_floats"] = sum(value.numel() for value in kept)
     if stream.novel:
         print("object group left out of training:\n" + evaluation.table(novel, names) + "\n")
         summary["novel"] = {"matrix": novel, "metrics": evaluation.metrics(novel)}
@@ -970,7 +979,10 @@ def figure_4(runs, path):
 
 def figure_5(runs, path):
     """Spectra of every old skill: frequency bands and directions, when learned and at the end."""
-    runs, M, paper = runs[:2], runs[0].args["bins"], runs[0].args["descriptor"] == "paper"
+    M, paper = runs[0].args["bins"], runs[0].args["descriptor"] == "paper"
+    alike = [r.args["bins"] == M and r.args["descriptor"] == runs[0].args["descriptor"]
+             for r in runs]
+    runs = [r for r, same in zip(runs, alike, strict=True) if same][:2]
     edges = np.linspace(-np.pi, np.pi, M + 1) if paper else (np.arange(M + 1) - 0.5) * np.pi / M
     inside = np.linspace(edges[:-1], edges[1:], 201)[:-1].T % np.pi  # [M, 200] angles in each bin
     eighth = np.round(inside / (np.pi / 4)) % 4  # 0 down the rows, 2 along them, 1 and 3 diagonal
@@ -996,7 +1008,8 @@ def figure_5(runs, path):
 
 
 def figure_6(runs, path):
-    """How far the prototype of every old skill has moved by the end, against its forgetting."""
+    """How far the mean descriptor of every old skill has moved by the end, on its test questions,
+    against its forgetting."""
     figure, axis = evaluation.new_figure()
     for k, r in enumerate(runs[:6]):
         pairs = [(s.life[s.i], s.life[r.end]) for s in r.old]
@@ -1005,7 +1018,7 @@ def figure_6(runs, path):
         axis.scatter(x, y, color=evaluation.COLORS[k], marker=evaluation.MARKERS[k],
                      label=f"{r.label}: {correlation(x, y)}")
     style(axis, "Every old skill at the end of the run",
-          "its prototype has moved by (standard deviations)", "forgotten (points)")
+          "its mean descriptor has moved by (standard deviations)", "forgotten (points)")
     axis.legend(fontsize=8)
     return evaluation.save_figure(figure, path / "fig6-prototypes.png")
 
@@ -1081,6 +1094,11 @@ def plot(folders, path=None):
     """Draw all figures of these runs into a folder (default: figures/ of the first run)."""
     runs = [load_run(folder) for folder in folders]
     path = Path(path or Path(folders[0]) / "figures")
+    asked = [[[row["question_id"] for row in r.rows[i, i]] for i in range(r.end + 1)] for r in runs]
+    for folder, r, questions in zip(folders, runs, asked, strict=True):
+        if r.stages != runs[0].stages or questions != asked[0]:
+            raise InputError(f"--plot: {folder} went through other stages, or was tested on other "
+                             f"questions, than {folders[0]}: compare runs of one stream and order")
     name_runs(runs)
     figures = [figure_2, figure_4, figure_5, figure_6, figure_7, figure_8, figure_9]
     for draw in figures if runs[0].end else [figure_4]:  # after one stage nothing can have drifted

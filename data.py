@@ -822,7 +822,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--dropout", type=float, metavar="P", help="before LoRA's A (default: 0.05; tiny model 0)")
     add("--targets", metavar="A,B,..",
         help=f"layers with LoRA, of {','.join(TARGETS)} (default: {LORA['targets']}; dcl, "
-        f"acl: all; tiny model: {TINY['targets']})")
+        f"acl: all; tiny model: {TINY['targets']}, on the VQA streams and domains q,v,projector)")
     add("--device", default="auto", help="auto, cpu or cuda[:N] (default: auto, cuda if present)")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
         help="of the frozen weights (default: auto, bf16 on cuda, else fp32)")

@@ -582,7 +582,8 @@ def start_run(args: argparse.Namespace, script: str) -> Path:
     Call it with every default resolved. A finished run says so and ends with SystemExit(0); under
     torchrun with code 1, or the other processes would wait.
     InputError: the folder holds another configuration, or an unfinished run and --resume is off,
-    or files that are no run; or --resume finds no run.
+    or files that are no run; or --resume finds no run. A folder with args.json alone, left by a
+    start that went wrong before it learned anything, is taken over.
     """
     name = Path(script).stem
     run = Path(args.out or f"runs/{name}-{Path(args.stream).resolve().name}-{args.seed}")
@@ -590,7 +591,8 @@ def start_run(args: argparse.Namespace, script: str) -> Path:
         return run
     now = jsonable({key: value for key, value in vars(args).items() if key not in MAY_DIFFER})
     now |= {"script": name, "commit": git_commit(), "command": shlex.join(["python", *sys.argv])}
-    if (run / "args.json").is_file():
+    began = run.is_dir() and {path.name for path in run.iterdir()} != {"args.json"}
+    if (run / "args.json").is_file() and (began or args.resume):
         was = read_json(run / "args.json")
         for key in sorted((was.keys() | now.keys()) - {"commit", "command"}):
             old, new = was.get(key, "absent"), now.get(key, "absent")
@@ -613,7 +615,7 @@ def start_run(args: argparse.Namespace, script: str) -> Path:
         raise InputError(f"--resume: no run in {run}; start without --resume, or correct --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        if any(run.iterdir()):
+        if began and any(run.iterdir()):
             raise InputError(f"{run} holds files that are no run: choose another --out")
         write_json(run / "args.json", now)
     except OSError as error:
@@ -1007,10 +1009,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="only the table over seeds")
     parser.add_argument("--plot", metavar="FOLDER", help="draw the figures into FOLDER")
     args = parser.parse_args(argv)
-    if args.table and any(Path(args.runs[0]).glob("*/*.json")) and len(args.runs) == 1:
+    results = Path(args.runs[0])
+    if args.table and any(results.glob("*/*.json")) and not (results / "args.json").exists():
         import sweep  # it knows the rows of each sweep; it imports this file, so not at the top
 
-        sweep.RESULTS = Path(args.runs[0])
+        sweep.RESULTS = results
         for name in sweep.SWEEPS:
             print(f"## {name}\n\n{sweep.block(name, args.markdown)}\n")
         return 0

@@ -352,7 +352,7 @@ class FeatureCache:
     def __init__(self, model, processor, where="memory", limit_gb=4.0, folder=None):
         if where not in ("memory", "disk", "off") or (where == "disk" and folder is None):
             raise ValueError(f"where is 'memory', 'disk' (with a folder) or 'off', not {where!r}")
-        self.model, self.processor, self.tower_runs = model, processor, 0
+        self.model, self.processor, self.tower_runs, self.full = model, processor, 0, False
         self.folder = Path(folder) if where == "disk" else None
         self.limit, self.used = (0 if where == "off" else limit_gb * 1e9), 0
         self.paths, self.rows = {}, {}  # path -> key, key -> [P, C]
@@ -403,6 +403,12 @@ class FeatureCache:
     def _keep(self, key, row):
         size = row.numel() * row.element_size()
         if self.used + size > self.limit:
+            if self.limit and not self.full:
+                print(
+                    f"the cache of frozen features is full ({self.limit / 1e9:g} GB): all other "
+                    "images go through the tower each time; see --feature_gb, --features disk"
+                )
+            self.full = True
             return
         self.used += size
         row = row.cpu().clone()
@@ -416,20 +422,29 @@ class FeatureCache:
     @torch.no_grad()
     def _tower(self, pictures):
         """List of square PIL images -> [n, P, C]."""
-        llava, seen = self.model.model, []
+
+        class Seen(Exception):
+            pass
+
+        def stop(_, inputs):  # the projector is not run: only what it is given is wanted
+            raise Seen(inputs[0])
+
+        llava = self.model.model
         llava.vision_tower.eval()  # model.train() is for the dropout of LoRA, not for the tower
         pixels = self.processor.image_processor(images=pictures, return_tensors="pt").pixel_values
         # Which layer, with or without the class token? Whatever this LLaVA gives its projector.
-        projector = llava.multi_modal_projector
-        hook = projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        with lora_off(self.model):  # or its dropout on the projector would draw random numbers
+        hook = llava.multi_modal_projector.register_forward_pre_hook(stop)
+        try:
             llava.get_image_features(pixel_values=pixels.to(self.model.device, self.model.dtype))
-        hook.remove()
+        except Seen as seen:
+            (features,) = seen.args
+        finally:
+            hook.remove()
         self.tower_runs += len(pictures)
-        found, grid = seen[0].shape[1], image_tokens(self.model, self.processor)
+        found, grid = features.shape[1], image_tokens(self.model, self.processor)
         if found != grid:
             raise InputError(f"the vision tower gives {found} vectors for a grid of {grid} patches")
-        return seen[0]
+        return features
 
 
 # ----------------------------------------------------------------------------------------------
@@ -679,11 +694,15 @@ def set_up(args):
                     f"torchrun has started more processes than there are GPUs, {cards}"
                 )
             device = f"cuda:{own}"
-            torch.cuda.set_device(device)
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)
         if me:  # the first process speaks for all
             sys.stdout = open(os.devnull, "w")
+    if torch.device(device).type == "cuda":
+        number, cards = torch.device(device).index or 0, torch.cuda.device_count()
+        if number >= cards:
+            raise InputError(f"--device {device}: torch finds {cards} CUDA devices here")
+        torch.cuda.set_device(number)  # random state and peak memory are of this one
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model, processor = load_llava(args.model, device, dtype)
     checkpointing = args.gradient_checkpointing

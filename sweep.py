@@ -12,6 +12,7 @@ are printed as missing. Cells run on one thread each, --jobs of them at a time.
 """
 
 import argparse
+import functools
 import math
 import random
 import re
@@ -53,7 +54,8 @@ def search_rows(flags=""):
 
 def report_rows(flags=""):
     """The four rows of the paper's ablation, for every kind of skills."""
-    rows = {"sequential": SEQUENTIAL, "geometry only": f"{ASR} --beta 0"}
+    # the first row by asr.py, bit-equal to SEQUENTIAL, as it keeps the spectra, too
+    rows = {"sequential": f"{ASR} --beta 0 --gamma 0", "geometry only": f"{ASR} --beta 0"}
     for skills in ("stream", "parser", "shared"):
         rows[f"spectral only, {skills}"] = f"{ASR} --gamma 0 --skills {skills}"
     for skills in ("stream", "parser", "shared"):
@@ -270,7 +272,17 @@ def records_of(name: str, stream: str) -> dict[str, dict]:
         if path.exists() and path.stem.rsplit("-", 1)[0].endswith(f"-{stream}"):
             label = path.stem.rsplit("-", 1)[0].removesuffix(f"-{stream}")
             found[path.stem] = evaluation.load_record(path) | {"label": label}
+            if found[path.stem]["model_sha256"] != (shipped := _shipped()):
+                raise data.InputError(
+                    f"{path} was made with another tiny LLaVA than the one in assets, "
+                    f"{shipped[:12]}: delete it and run {name} again"
+                )
     return found
+
+
+@functools.cache
+def _shipped() -> str:
+    return evaluation.model_sha256(str(data.ROOT / "assets" / "tiny-llava"))
 
 
 def sweep_table(name: str, markdown: bool) -> str:
