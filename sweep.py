@@ -31,6 +31,7 @@ import model
 
 RESULTS, RUNS = Path("results"), Path("runs/sweep")
 PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
+BENCHES = ("bench", "bench_experts")
 SEARCH, REPORT = range(5), range(5, 10)  # seeds to choose settings on, and seeds to report
 
 # --------------------------------------------------------------------------------------------------
@@ -373,9 +374,18 @@ def pretrain_table(markdown: bool) -> str:
     return evaluation.grid(lines, markdown)
 
 
+def bench_table(name: str, markdown: bool) -> str:
+    """What tests/bench.py or tests/bench_experts.py has measured and saved."""
+    if not (path := RESULTS / f"{name}.json").exists():
+        return "missing: no record yet"
+    tables = evaluation.read_json(path)["tables"]
+    return "\n\n".join(evaluation.grid(table, markdown) for table in tables)
+
+
 def block(name: str, markdown: bool = True) -> str:
     """The table NAME of the README."""
     special = {"regime": regime_table, "default": default_table, "pretrain": pretrain_table}
+    special |= {bench: functools.partial(bench_table, bench) for bench in BENCHES}
     return special[name](markdown) if name in special else sweep_table(name, markdown)
 
 
@@ -397,7 +407,7 @@ def write_page(path: Path) -> None:
         path.read_text(),
     )
     computed = {"memory": model.memory_table, "hours": model.hours_table}
-    for name in [*SWEEPS, "pretrain", *computed]:
+    for name in [*SWEEPS, *BENCHES, "pretrain", *computed]:
         start, end = f"<!-- table {name} -->\n", "<!-- end -->"
         if start in text:
             before, rest = text.split(start)

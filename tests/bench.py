@@ -1,6 +1,7 @@
 """What ASR costs beside sequential LoRA: time of a training step, and peak memory.
 
     python tests/bench.py [--pairs 15]        about 10 minutes on one CPU thread; --device cuda too
+    python tests/bench.py --save              and keep the table as results/bench.json
 
 Time: steps of all modes take turns in one process, on the same model and batch; the figure is
 the median over rounds of (this mode / sequential) in the same round, so that a busy machine slows
@@ -189,6 +190,29 @@ def work(request):
     return {"rounds": rounds, "reference": bench.reference_seconds}
 
 
+def show(row, tables):
+    """Print a row of the last of the tables at once, and keep it there."""
+    tables[-1].append([str(cell) for cell in row])
+    print("| " + " | ".join(tables[-1][-1]) + " |", flush=True)
+    if len(tables[-1]) == 1:
+        print("|" + "---|" * len(row))
+
+
+def save(name, tables):
+    """The tables as results/NAME.json, with what a reader needs to make them again."""
+    import platform
+
+    import torch
+    import transformers
+
+    import eval as evaluation
+
+    record = {"command": f"python tests/{name}.py --save", "commit": evaluation.git_commit()}
+    record["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    record |= {"machine": platform.machine(), "threads": 1, "tables": tables}
+    evaluation.write_json(Path(__file__).parents[1] / "results" / f"{name}.json", record)
+
+
 def process(kind, *request):
     command = [sys.executable, __file__, "--work", json.dumps([kind, *request])]
     environment = dict(os.environ)
@@ -204,13 +228,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=15, help="rounds of timed steps (15)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument("--save", action="store_true", help="write results/bench.json")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         print("\n" + json.dumps(work(json.loads(args.work))))
         return
-    print("| model | checkpointing | mode | ms a step | time ratio | MB | memory ratio | goal |")
-    print("|" + "---|" * 8)
+    tables = [[]]
+    head = "model, checkpointing, mode, ms a step, time ratio, MB, memory ratio, goal"
+    show(head.split(", "), tables)
     for size in SIZES:
         with tempfile.TemporaryDirectory() as folder:
             process("build", size, folder, False, args.device, "", 0)
@@ -224,13 +250,12 @@ def main():
                     ratio = statistics.median(r[mode] / r["sequential"] for r in timed["rounds"])
                     ms = 1e3 * statistics.median(r[mode] for r in timed["rounds"])
                     goal = f"1.10, {GOAL[name]:.2f}" if mode == "asr" else ""
-                    print(
-                        f"| {size} | {name} | {mode} | {ms:.0f} | {ratio:.3f} | {extra:.0f} "
-                        f"| {extra / plain:.2f} | {goal} |",
-                        flush=True,
-                    )
-                once = 1e3 * timed["reference"]
-                print(f"| {size} | {name} | reference pass, once per batch | {once:.0f} | | | | |")
+                    cells = [f"{ms:.0f}", f"{ratio:.3f}", f"{extra:.0f}", f"{extra / plain:.2f}"]
+                    show([size, name, mode, *cells, goal], tables)
+                once = f"{1e3 * timed['reference']:.0f}"
+                show([size, name, "reference pass, once per batch", once, *[""] * 4], tables)
+    if args.save:
+        save("bench", tables)
 
 
 if __name__ == "__main__":

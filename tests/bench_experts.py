@@ -1,13 +1,14 @@
 """What experts cost: CRAM's layer beside plain LoRA, MR-LoRA's evaluation beside one pass.
 
     python tests/bench_experts.py [--pairs 9]        some minutes on one CPU thread
+    python tests/bench_experts.py --save             and keep them as results/bench_experts.json
 
 Random weights in bench.py's sizes. All modes take turns in one process; figures are medians over
 rounds of (this mode / the first) in the same round: processor time of one thread.
 
     lora        plain LoRA of rank 9 on q, k, v, o: a training step, and generation of 8 tokens
     cram E      E experts of rank 9, the last in training, L_orth on (older ones: its group)
-    loop 6      the same as cram 6 with a Python loop over the experts
+    loop 6      as cram 6, with a Python loop over the experts and no L_orth
 
 Goals: cram 6 at most 1.30 of lora in training and in generation; cram 32 at most 1.5 of cram 2.
 For MR-LoRA: the seconds of switching an adapter (at most 1 ms on the tiny model), and of answering
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest
 import torch
 import torch.nn.functional as F
-from bench import SIZES, build
+from bench import SIZES, build, save, show
 from PIL import Image
 
 import cram
@@ -177,9 +178,11 @@ def routed_evaluation(folder, pairs, T=4, N=32):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=9, help="rounds (9)")
+    parser.add_argument("--save", action="store_true", help="write results/bench_experts.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print("| model | mode | training: ms | ratio | generation: ms | ratio |\n|" + "---|" * 6)
+    tables = [[]]
+    show("model, mode, training: ms, ratio, generation: ms, ratio".split(", "), tables)
     for size in SIZES:
         with tempfile.TemporaryDirectory() as folder:
             build(size, folder)
@@ -189,12 +192,16 @@ def main():
             answer = rounds({mode: pair[1] for mode, pair in made.items()}, args.pairs)
             for mode in modes:
                 cells = [f"{1e3 * s:.0f} | {ratio:.2f}" for s, ratio in (train[mode], answer[mode])]
-                print(f"| {size} | {mode} | {' | '.join(cells)} |", flush=True)
-    print("\n| MR-LoRA, tiny, 4 tasks of 32 samples | ms | ratio |\n|---|---|---|")
+                show([size, mode, *" | ".join(cells).split(" | ")], tables)
+    print()
+    tables.append([])
+    show(["MR-LoRA, tiny, 4 tasks of 32 samples", "ms", "ratio"], tables)
     with tempfile.TemporaryDirectory() as folder:
         build(next(iter(SIZES)), folder)
         for name, seconds, ratio in routed_evaluation(folder, max(3, args.pairs // 3)):
-            print(f"| {name} | {1e3 * seconds:.2f} | {ratio:.2f} |", flush=True)
+            show([name, f"{1e3 * seconds:.2f}", f"{ratio:.2f}"], tables)
+    if args.save:
+        save("bench_experts", tables)
 
 
 if __name__ == "__main__":
