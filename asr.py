@@ -138,14 +138,13 @@ def parse(argv=None):
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
     add("--eval_batch_size", type=int, default=32, metavar="B",
         help="questions answered at once (default: 32)")
-    add("--max_new_tokens", type=int, default=16, metavar="N", help="longest answer (default: 16)")
     add("--save_every", type=int, default=100, metavar="N",
         help="checkpoint every N steps inside a stage too; 0: after stages only (default: 100)")
     args = parser.parse_args(argv)
     for name in ("beta", "gamma", "lambda_ang", "tau_skill", "ema", "save_every"):
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)} must be zero or more")
-    above_zero = "tau parser_temperature layers bins eval_batch_size max_new_tokens"
+    above_zero = "tau parser_temperature layers bins eval_batch_size"
     for name in above_zero.split():
         if not getattr(args, name) > 0:
             raise InputError(f"--{name} {getattr(args, name)} must be above zero")

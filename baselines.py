@@ -108,7 +108,6 @@ def parse(argv=None):
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
     add("--eval_batch_size", type=int, default=32, metavar="B",
         help="questions answered at once (default: 32)")
-    add("--max_new_tokens", type=int, default=16, metavar="N", help="longest answer (default: 16)")
     add("--save_every", type=int, default=100, metavar="N",
         help="checkpoint every N steps inside a stage too; 0: after stages only (default: 100)")
     args = parser.parse_args(argv)
@@ -117,7 +116,7 @@ def parse(argv=None):
     for name in ("ewc_lambda", "lwf_lambda", "olora_lambda"):
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)} must be zero or more")
-    above_zero = "eval_batch_size max_new_tokens buffer fisher_samples lwf_temperature"
+    above_zero = "eval_batch_size buffer fisher_samples lwf_temperature"
     for name in (above_zero + " hide_temperature hide_fusion").split():
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)} must be above zero")

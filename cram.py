@@ -137,14 +137,13 @@ def parse(argv=None):
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
     add("--eval_batch_size", type=int, default=32, metavar="B",
         help="questions answered at once (default: 32)")
-    add("--max_new_tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
     add("--save_every", type=int, default=100, metavar="N",
         help="checkpoint every N steps inside a stage too; 0: after stages only (default: 100)")
     args = parser.parse_args(argv)
     for name in ("buffer_share", "tau_alloc", "tau_orth", "theta", "lambda_orth", "save_every"):
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)} must be zero or more")
-    above_zero = "buffer_rank r_min sigma max_groups max_experts eval_batch_size max_new_tokens"
+    above_zero = "buffer_rank r_min sigma max_groups max_experts eval_batch_size"
     for name in above_zero.split():
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name} {getattr(args, name)} must be above zero")

@@ -176,6 +176,7 @@ class Row:
     folders: tuple = ("",)  # where the folders of the stages may lie; the first that exists
     images: str | None = None  # what image paths are relative to (None: the file's folder)
     test_suffix: Callable | None = None  # (stage, question, gold, legacy) -> added in tests only
+    max_new_tokens: int = 16  # longest answer
     skill: str = "skill"  # where a record says the kind of its question, if not in "skill"
     descriptions: dict = field(default_factory=dict)  # stage -> one line, for mllm_cl.py's router
     suffix: str = ""  # appended to every question; LLaVA-style files hold it already
@@ -211,7 +212,7 @@ STREAMS = {
 }
 
 _PRISM = {"folders": ("instructions", ""), "images": "datasets"}
-_PRISM |= {"tiny": {"lr": 4e-3, "epochs": 3}}
+_PRISM |= {"tiny": {"lr": 4e-3, "epochs": 3}, "max_new_tokens": 32}
 _4W = "train_standard_4w test_standard_3k"
 STREAMS |= {
     # Guo et al. 2025 (HiDe-LLaVA, arXiv 2503.12941); files of huggingface.co/HaiyangGuo/UCIT
@@ -280,6 +281,7 @@ STREAMS |= {
         | dict.fromkeys(("TextVQA", "VizWiz", "VQAv2"), "train val"),
         folders=("playground/Instructions_Original", "Instructions_Original"),
         images="cl_dataset",
+        max_new_tokens=32,
         descriptions={
             "ScienceQA": "diagrams: the letter of an answer",
             "TextVQA": "what is written on a sign",
@@ -824,6 +826,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         help=f"layers with LoRA, of {','.join(TARGETS)} (default: {LORA['targets']}; dcl, "
         f"acl: all; tiny model: {TINY['targets']}, on the VQA streams and domains q,v,projector)")
     add("--device", default="auto", help="auto, cpu or cuda[:N] (default: auto, cuda if present)")
+    add("--max_new_tokens", type=int, metavar="N",
+        help="longest answer (default: 16; ucit, trigap and coin 32)")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
         help="of the frozen weights (default: auto, bf16 on cuda, else fp32)")
     add("--threads", type=int, default=0, help="CPU threads (default: 0, torch decides)")
@@ -868,7 +872,7 @@ def resolve_defaults(args):
     and --gradient_checkpointing are left to the code that uses them."""
     row, width = STREAMS.get(args.stream, Row([])), text_width(args.model)
     size, values = ("tiny", TINY | row.tiny) if width < 512 else ("full-size", REAL | row.real)
-    values = LORA | values | row.extras
+    values = LORA | values | row.extras | {"max_new_tokens": row.max_new_tokens}
     chosen = {k: v for k, v in values.items() if getattr(args, k) is None and v is not None}
     vars(args).update(chosen)
     check_args(args)
@@ -882,6 +886,7 @@ def resolve_defaults(args):
 def check_args(args) -> None:
     """Raise InputError for flags out of range or of another stream; None passes."""
     positive = "lr epochs batch_size accumulate rank alpha limit limit_test feature_gb"
+    positive += " max_new_tokens"
     for key in positive.split():
         value = getattr(args, key)
         if value is not None and not (value > 0 and math.isfinite(value)):

@@ -277,8 +277,9 @@ def count_match(prediction: str, answers) -> float:
 
 
 # Captions are scored over a whole test set, against several references each, on words split as
-# below (the usual Java tokenizer does nearly that). METEOR needs Java and is left out, so our mean
-# is "BLEU-ROUGE": of BLEU-1..4 and ROUGE-L, never to be put in a column of a paper's mean.
+# below (the usual Java tokenizer does nearly that). METEOR needs Java and is left out, CIDEr ends at
+# 1000 and would outweigh the rest, so our mean is "BLEU-ROUGE": of BLEU-1..4 and ROUGE-L, never to
+# be put in a column of a paper's mean. summary.json has all of them.
 
 
 def caption_words(text: str) -> list[str]:
@@ -662,8 +663,8 @@ def finish_run(run: Path, summary: dict) -> dict:
     """Write summary.json, which marks the run as finished; returns this record.
 
     `summary` brings seconds, peak_memory_mb, trainable_parameters and whatever a method adds. From
-    the folder come flags, stages, matrix, metrics, commit, command; here we add versions, threads
-    and the hash of the base model.
+    the folder come flags, stages, matrix, metrics, commit, command; here we add versions, threads,
+    the hash of the base model, and of captions all scores, not only the one in the matrix.
     """
     import torch  # only for the number of threads; a run has it loaded already
 
@@ -674,6 +675,11 @@ def finish_run(run: Path, summary: dict) -> dict:
     versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     record = {**summary, **_folder_record(Path(run)), "versions": versions}
     record = jsonable(record | {"threads": torch.get_num_threads()})
+    end = max(t for t, row in enumerate(record["matrix"]) if row[0] is not None)
+    for i, scorer in enumerate(record["scorers"]):
+        if scorer == "caption" and record["matrix"][end][i] is not None:
+            rows = read_json(predictions_file(run, end, i), lines=True)
+            record.setdefault("captions", {})[record["stages"][i]] = caption_scores(rows)
     write_json(Path(run) / "summary.json", record)
     return record
 

@@ -106,13 +106,12 @@ def parse(argv=None):
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
     add("--eval_batch_size", type=int, default=32, metavar="B",
         help="questions answered at once (default: 32)")
-    add("--max_new_tokens", type=int, default=16, metavar="N", help="longest answer (default: 16)")
     add("--save_every", type=int, default=100, metavar="N",
         help="checkpoint every N steps inside a stage too; 0: after each part (default: 100)")
     args = parser.parse_args(argv)
     if args.save_every < 0:
         raise InputError(f"--save_every {args.save_every} must be zero or more")
-    above_zero = "shots router_lr router_epochs router_batch eval_batch_size max_new_tokens"
+    above_zero = "shots router_lr router_epochs router_batch eval_batch_size"
     for name in above_zero.split():
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name} {getattr(args, name)} must be above zero")
