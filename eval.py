@@ -277,9 +277,9 @@ def count_match(prediction: str, answers) -> float:
 
 
 # Captions are scored over a whole test set, against several references each, on words split as
-# below (the usual Java tokenizer does nearly that). METEOR needs Java and is left out, CIDEr ends at
-# 1000 and would outweigh the rest, so our mean is "BLEU-ROUGE": of BLEU-1..4 and ROUGE-L, never to
-# be put in a column of a paper's mean. summary.json has all of them.
+# below (the usual Java tokenizer does nearly that). METEOR needs Java and is left out; CIDEr ends
+# at 1000 and would outweigh the rest. So our mean is "BLEU-ROUGE": of BLEU-1..4 and ROUGE-L, never
+# to be put in a column of a paper's mean. summary.json has all of them.
 
 
 def caption_words(text: str) -> list[str]:
