@@ -107,8 +107,9 @@ def theory(run, path):
 
 def drift(panels, path):
     """What every skill has forgotten by the end against the drift of its spectrum, all seeds. One
-    correlation a run; the mean over the seeds and its 95% t interval. panels: {title: records}."""
-    kinds = {True: "with L_spec", False: "without"}
+    correlation a run; the mean over the seeds and its 95% t interval, both of Fisher's z = atanh r,
+    in which correlations are added up. panels: {title: records}."""
+    kinds = {True: "with L_spec", False: "without (sequential; L_geo alone)"}
     figure, axes = evaluation.new_figure(1, len(panels), height=3.6)
     for axis, (title, records) in zip(np.ravel(axes), panels.items(), strict=True):
         lines = []
@@ -122,8 +123,8 @@ def drift(panels, path):
             by_seed = {}
             for r, pairs in zip(own, runs, strict=True):
                 by_seed.setdefault(r["seed"], []).append(np.corrcoef(*pairs)[0, 1])
-            values = [np.mean(v) for v in by_seed.values()]
-            mean, low, high, _ = evaluation.paired(values, np.zeros(len(values)))
+            values = [np.mean(np.arctanh(v)) for v in by_seed.values()]
+            mean, low, high, _ = np.tanh(evaluation.paired(values, np.zeros(len(values))))
             lines.append(f"{kind}: r = {mean:.2f} [{low:.2f}, {high:.2f}]")
         title = "\n".join([f"{title}, {len({r['seed'] for r in records})} seeds", *lines])
         asr.style(axis, title, "drift (JSD, nats)", "forgotten (points)")
