@@ -7,7 +7,7 @@ The idea. A LLaVA that learns one kind of question after another forgets the ear
 watches HOW the words of a question look at the image: every attention head gives a map over the
 image patches, and the power spectrum of that map (coarse or fine? in which direction?) tells what
 kind of looking it is, wherever in the image it happens. After each stage the spectra of every skill
-are summed up as a mean and a variance, its prototype: some hundred bytes, no image, question or
+are summed up as a mean and a variance, its prototype: some hundred numbers, no image, question or
 answer. While later stages are learned, one loss pulls the spectra of new samples to the prototypes
 of their skills. A second loss keeps the similarities of images and questions as they were at first.
 
@@ -20,7 +20,7 @@ of their skills. A second loss keeps the similarities of images and questions as
     Eq. 29      L_task + beta L_spec + gamma L_geo      backward
 
     python asr.py --stream vqacl                        mini stream, tiny LLaVA: laptop, minutes
-    python asr.py --stream vqacl --beta 0 --gamma 0     sequential LoRA, bit for bit
+    python asr.py --stream vqacl --beta 0 --gamma 0 --out runs/seq      sequential LoRA, bit for bit
     python asr.py --stream vqacl --data DIR --model llava-hf/llava-1.5-7b-hf     the paper, one GPU
     python asr.py --plot RUN [RUN ...]                  the paper's figures from saved runs
 

@@ -20,7 +20,7 @@ group do not have. So a stage that resembles an old one costs fewer parameters.
     L_orth     new outputs outside the old ones      ExpertLinear.leak
 
     python cram.py --stream ucit                     mini stream, tiny LLaVA: laptop, minutes
-    python cram.py --stream ucit --paper_constants   the published constants
+    python cram.py --stream ucit --paper_constants --out runs/cram-paper   the published constants
     python cram.py --stream ucit --data DIR --model llava-hf/llava-1.5-7b-hf     one GPU
     python cram.py --plot RUN [RUN ...]              the figures from saved runs
 

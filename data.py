@@ -802,7 +802,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--imbalance", type=float, metavar="RHO",
         help="clt-vqa: rho = n_max / n_min of the exponential tail over answers (default: 10)")
     add("--legacy", action="store_true",
-        help="coin: score with the reference's quirks, which eval.py names (default: off)")
+        help="coin, dcl: score with the references' quirks, which eval.py names (default: off)")
     add("--resume", action="store_true", help="continue a killed run (default: off)")
     add("--plot", nargs="+", metavar="RUN", help="draw the figures of finished runs (default: off)")
 

@@ -16,8 +16,7 @@ expert, and says a letter. Then the expert of this letter answers.
     Metrics     MFT, MFN, MAA, BWT                      eval.metrics
 
     python mllm_cl.py --stream dcl                      mini stream, tiny LLaVA: laptop, minutes
-    python mllm_cl.py --stream acl --router prototype   another router
-    python mllm_cl.py --stream acl --router oracle --experts RUN    another one, for RUN's experts
+    python mllm_cl.py --stream dcl --router oracle --experts RUN --out runs/oracle   RUN's experts
     python mllm_cl.py --stream dcl --data DIR --model llava-hf/llava-1.5-7b-hf     one GPU
     python mllm_cl.py --plot RUN [RUN ...]              the figures from saved runs
 

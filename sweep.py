@@ -66,7 +66,7 @@ def report_rows(flags=""):
 
 SWEEPS = {
     # what a new user runs first
-    "default": (["vqacl"], range(1), {"asr": ASR}),
+    "default": (["vqacl"], range(1), {"asr": ASR, "sequential": f"{ASR} --beta 0 --gamma 0"}),
     # are the mini streams in the regime of the papers?
     "regime": (
         ["domains", "vqacl", "vqav2", "clt-vqa"],
@@ -346,12 +346,16 @@ def regime_table(markdown: bool) -> str:
 
 
 def default_table(markdown: bool) -> str:
-    """The accuracy matrix, the metrics and the cost of the one run of the sweep "default"."""
-    found = records_of("default", "vqacl")
+    """The accuracy matrix, the metrics and the cost of the first run of the sweep "default", and
+    the metrics of sequential LoRA beside them."""
+    found = {record["label"]: record for record in records_of("default", "vqacl").values()}
     if not found:
         return "missing: no record yet"
-    (record,) = found.values()
-    table = evaluation.table(record["matrix"], record["stages"], markdown)
+    record, names = found["asr"], {"asr": "this run", "sequential": "sequential LoRA"}
+    table = evaluation.table(record["matrix"], record["stages"], markdown).split("\n\n")[0]
+    table += "\n\n" + evaluation.compare(
+        {names[label]: found[label] for label in names if label in found}, markdown
+    )
     cost = (f"{record['seconds']:.0f} seconds on {record['threads']} threads, "
             f"{record['peak_memory_mb']:.0f} MB, "
             f"{record['trainable_parameters']:,} trained parameters")  # fmt: skip

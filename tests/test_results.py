@@ -46,8 +46,8 @@ def test_one_command_prints_every_table(monkeypatch, capsys):
 def test_the_program_in_the_readme_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     (program,) = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert '"domains"]' in program
-    short = program.replace('"domains"]', '"domains", "--limit", "8", "--limit_test", "4"]')
+    assert '"cpu"]' in program
+    short = program.replace('"cpu"]', '"cpu", "--limit", "8", "--limit_test", "4"]')
     exec(short, {})
     lines = capsys.readouterr().out.splitlines()
     assert [len(line.split(",")) for line in lines[-5:]] == [1, 2, 3, 4, 5]
