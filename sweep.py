@@ -55,8 +55,7 @@ def search_rows(flags=""):
 
 def report_rows(flags=""):
     """The four rows of the paper's ablation, for every kind of skills."""
-    # the first row by asr.py, bit-equal to SEQUENTIAL, as it keeps the spectra, too
-    rows = {"sequential": f"{ASR} --beta 0 --gamma 0", "geometry only": f"{ASR} --beta 0"}
+    rows = {"sequential": SEQUENTIAL, "geometry only": f"{ASR} --beta 0"}
     for skills in ("stream", "parser", "shared"):
         rows[f"spectral only, {skills}"] = f"{ASR} --gamma 0 --skills {skills}"
     for skills in ("stream", "parser", "shared"):

@@ -109,7 +109,7 @@ def drift(panels, path):
     """What every skill has forgotten by the end against the drift of its spectrum, all seeds. One
     correlation a run; the mean over the seeds and its 95% t interval, both of Fisher's z = atanh r,
     in which correlations are added up. panels: {title: records}."""
-    kinds = {True: "with L_spec", False: "without (sequential; L_geo alone)"}
+    kinds = {True: "with L_spec", False: "without, L_geo alone"}
     figure, axes = evaluation.new_figure(1, len(panels), height=3.6)
     for axis, (title, records) in zip(np.ravel(axes), panels.items(), strict=True):
         lines = []
