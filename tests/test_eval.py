@@ -283,6 +283,7 @@ def test_folders_that_cannot_be_a_run(tmp_path):
     assert not (tmp_path / "new").exists()
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn/args.json").write_text('{\n "lr": \n')
+    (tmp_path / "torn/metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(InputError, match="args.json, line 3: not valid JSON"):
         ev.start_run(flags(tmp_path / "torn"), "asr.py")
 
