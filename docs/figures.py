@@ -110,26 +110,25 @@ def drift(panels, path):
     correlation a run; the mean over the seeds and its 95% t interval, both of Fisher's z = atanh r,
     in which correlations are added up. panels: {title: records}."""
     kinds = {True: "with L_spec", False: "without, L_geo alone"}
-    figure, axes = evaluation.new_figure(1, len(panels), height=3.6)
+    figure, axes = evaluation.new_figure(1, len(panels), height=4.2)
     for axis, (title, records) in zip(np.ravel(axes), panels.items(), strict=True):
-        lines = []
         for k, (spectral, kind) in enumerate(kinds.items()):
             own = [r for r in records if (r["args"]["beta"] > 0) == spectral]
             if not own:
                 continue
             runs = [np.array([p for p in r["drift"].values() if None not in p]).T for r in own]
             points, color = np.concatenate(runs, 1), evaluation.COLORS[k]
-            axis.semilogx(*points, "os"[k], color=color, ms=3, alpha=0.4, label=kind)
             by_seed = {}
             for r, pairs in zip(own, runs, strict=True):
                 by_seed.setdefault(r["seed"], []).append(np.corrcoef(*pairs)[0, 1])
             values = [np.mean(np.arctanh(v)) for v in by_seed.values()]
             mean, low, high, _ = np.tanh(evaluation.paired(values, np.zeros(len(values))))
-            lines.append(f"{kind}: r = {mean:.2f} [{low:.2f}, {high:.2f}]")
-        title = "\n".join([f"{title}, {len({r['seed'] for r in records})} seeds", *lines])
+            label = f"{kind}:\nr = {mean:.2f} [{low:.2f}, {high:.2f}]"
+            axis.semilogx(*points, "os"[k], color=color, ms=3, alpha=0.4, label=label)
+        title = f"{title}, {len({r['seed'] for r in records})} seeds"
         asr.style(axis, title, "drift (JSD, nats)", "forgotten (points)")
-        axis.title.set_fontsize(8)
-        axis.legend(fontsize=8)
+        axis.title.set_fontsize(9)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return evaluation.save_figure(figure, path)
 
 
