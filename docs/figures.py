@@ -125,7 +125,7 @@ def drift(panels, path):
             mean, low, high, _ = np.tanh(evaluation.paired(values, np.zeros(len(values))))
             label = f"{kind}:\nr = {mean:.2f} [{low:.2f}, {high:.2f}]"
             axis.semilogx(*points, "os"[k], color=color, ms=3, alpha=0.4, label=label)
-        title = f"{title}, {len({r['seed'] for r in records})} seeds"
+        title = f"{title}\n{len({r['seed'] for r in records})} seeds"
         asr.style(axis, title, "drift (JSD, nats)", "forgotten (points)")
         axis.title.set_fontsize(9)
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
