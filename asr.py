@@ -978,10 +978,9 @@ def figure_4(runs, path):
 
 def figure_5(runs, path):
     """Spectra of every old skill: frequency bands and directions, when learned and at the end."""
-    M, paper = runs[0].args["bins"], runs[0].args["descriptor"] == "paper"
-    alike = [r.args["bins"] == M and r.args["descriptor"] == runs[0].args["descriptor"]
-             for r in runs]
-    runs = [r for r, same in zip(runs, alike, strict=True) if same][:2]
+    M, kind = (runs[0].args[key] for key in ("bins", "descriptor"))
+    runs = [r for r in runs if (r.args["bins"], r.args["descriptor"]) == (M, kind)][:2]
+    paper = kind == "paper"
     edges = np.linspace(-np.pi, np.pi, M + 1) if paper else (np.arange(M + 1) - 0.5) * np.pi / M
     inside = np.linspace(edges[:-1], edges[1:], 201)[:-1].T % np.pi  # [M, 200] angles in each bin
     eighth = np.round(inside / (np.pi / 4)) % 4  # 0 down the rows, 2 along them, 1 and 3 diagonal

@@ -41,7 +41,7 @@ Where we differ from the paper (P) or its public code (C), and why:
     router's 40 passes are DCL's; ACL's are 35.
  9. (P, C) A kept sample loses its image in every second pass of the router. With all images the
     tiny router told the tasks apart by the pictures alone, and did not read the question: on acl,
-    where test pictures are unlike those of training, it sent a third of them to the wrong expert.
+    where test pictures are unlike those of training, many questions went to the wrong expert.
     A guess for 7B; --no-blind_shots is the published way.
 """
 

@@ -686,23 +686,18 @@ def set_up(args):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     me, world = processes()
-    if world > 1:
-        if device == "cuda":
-            own, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if own >= cards:
-                raise InputError(
-                    f"torchrun has started more processes than there are GPUs, {cards}"
-                )
-            device = f"cuda:{own}"
-        dist.init_process_group()
-        atexit.register(dist.destroy_process_group)
-        if me:  # the first process speaks for all
-            sys.stdout = open(os.devnull, "w")
+    if world > 1 and device == "cuda":  # torchrun: every process has a GPU of its own
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     if torch.device(device).type == "cuda":
         number, cards = torch.device(device).index or 0, torch.cuda.device_count()
         if number >= cards:
             raise InputError(f"--device {device}: torch finds {cards} CUDA devices here")
         torch.cuda.set_device(number)  # random state and peak memory are of this one
+    if world > 1:
+        dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
+        if me:  # the first process speaks for all
+            sys.stdout = open(os.devnull, "w")
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model, processor = load_llava(args.model, device, dtype)
     checkpointing = args.gradient_checkpointing

@@ -217,6 +217,12 @@ def test_flags_of_the_method_are_checked(wrong):
         asr.parse(wrong.split())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+def test_a_device_that_is_not_there(flags, tmp_path):
+    with pytest.raises(data.InputError, match="--device cuda:1: torch finds 0 CUDA devices"):
+        run_here("asr", [*flags, "--device", "cuda:1"], tmp_path / "run")
+
+
 def test_too_many_layers(flags, tmp_path):
     with pytest.raises(data.InputError, match="--layers 5: this language model has 4"):
         run_here("asr", [*flags, "--layers", "5"], tmp_path / "run")
