@@ -240,8 +240,7 @@ def cells(name: str):
                 own = command.format(stream=stream, seed=seed, twice=TWICE.get(stream))
                 flags = own.split(" --experts runs")[0].replace("--", "")
                 out = RUNS / f"{file_name(flags)}-{stream}-{seed}"
-                threads = "" if name == "default" else "--threads 1 "  # one is as a user starts it
-                line = f"{own} --stream {stream} --seed {seed} {threads}--out {out}"
+                line = f"{own} --stream {stream} --seed {seed}{_threads(name)} --out {out}"
                 yield RESULTS / name / f"{stem}.json", line
 
 
@@ -299,7 +298,26 @@ def sweep_table(name: str, markdown: bool) -> str:
                 found, wanted, first, list(seeds), markdown, EXTRA.get(name)
             )
         parts.append(f"`--stream {stream}`, {name}, seeds {seeds[0]} to {seeds[-1]}:\n\n{table}")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *([commands(name)] if markdown else [])])
+
+
+def commands(name: str) -> str:
+    """The command behind every row of a sweep, with STREAM and SEED to fill in, folded away."""
+    rows = list(SWEEPS[name][2].items())
+    width = max(len(label) for label, _ in rows)
+    twice = " or ".join(sorted(set(TWICE.values())))
+    lines = [
+        f"{label:{width}}  python {command.format(stream='STREAM', seed='SEED', twice=twice)} "
+        f"--stream STREAM --seed SEED{_threads(name)}"
+        for label, command in rows
+    ]
+    head = "<details><summary>the command behind each row (one stream, one seed)</summary>"
+    return "\n".join([head, "", "```text", *lines, "```", "", "</details>"])
+
+
+def _threads(name: str) -> str:
+    """Cells run on one thread each; the sweep "default" as a user starts it."""
+    return "" if name == "default" else " --threads 1"
 
 
 def regime_table(markdown: bool) -> str:
@@ -341,7 +359,8 @@ def regime_table(markdown: bool) -> str:
         ("joint - blind, smallest kind but yes/no", "20 or more"),
     )
     lines += [[*w, *(c[k] for c in columns)] for k, w in enumerate(what)]
-    return evaluation.grid(lines, markdown)
+    table = evaluation.grid(lines, markdown)
+    return f"{table}\n\n{commands('regime')}" if markdown else table
 
 
 def default_table(markdown: bool) -> str:
