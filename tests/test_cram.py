@@ -288,6 +288,18 @@ def test_bad_input(flags, tmp_path):
             cram.parse(wrong.split())
 
 
+@pytest.mark.parametrize(
+    ("more", "tau", "sigma"),
+    [("", 0.13, None), ("--paper_constants", 0.08, 2.0), ("--tau_alloc 0", 0.0, None),
+     ("--paper_constants --tau_alloc 0.3 --sigma 5", 0.3, 5.0)],
+)  # fmt: skip
+def test_constants(more, tau, sigma):
+    """Ours belong to the tiny model; the published ones come back with one flag; flags win."""
+    stream = types.SimpleNamespace(stages=[None, None])
+    args = cram.check_stream(cram.parse(more.split()), stream)
+    assert (args.tau_alloc, args.sigma, args.max_groups, args.max_experts) == (tau, sigma, 2, 2)
+
+
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     """A random CLIP, smaller than any, with a tokenizer of letters and 24 positions."""
