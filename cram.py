@@ -37,10 +37,11 @@ Where we differ from the paper (P) or its public code (C), and why:
     against one older expert of rank 9 a random direction has novelty > 0.99 in all cases at width
     4096 and in 1% at width 128.
  5. (P, C) sigma is a third of the median distance between the stages' centroids in the features in
-    use; the published 2 fits CLIP's embeddings. (With the whole median an image that lies on its
-    own centroid still gives an expert at median distance e^(-1/2) = 0.6 times the weight of its
-    own: that is nearly even. With the third, stages that look different hardly share experts;
-    the run prints how much.) It is computed anew after every stage, from the centroids so far.
+    use; the published 2 fits CLIP's embeddings. (With the whole median, --sigma_share 1, an image
+    that lies on its own centroid still gives an expert at median distance e^(-1/2) = 0.6 times the
+    weight of its own: that is nearly even. With the third, stages that look different hardly share
+    experts, and L_orth, which counts by the weight of older ones, has little to do; the run prints
+    that weight.) It is computed anew after every stage, from the centroids so far.
  6. (P, C) The default features are LLaVA's own: mean token embedding of the instruction less the
     mean of the table (all embeddings share a large part), mean tower feature of the image.
     --routing_features NAME takes a CLIP model, as published.
@@ -117,18 +118,20 @@ def parse(argv=None):
     add("--join", type=float, default=0.8, metavar="COS",
         help="and if it is above this, as with one group (default: 0.8)")
     add("--sigma", type=float, metavar="SIGMA",
-        help="width of the RBF weights (default: a third of the median distance between "
-             "centroids, ours)")
+        help="width of the RBF weights (default: from --sigma_share, ours)")
+    add("--sigma_share", type=float, default=1 / 3, metavar="SHARE",
+        help="sigma as a share of the median distance between centroids (default: 1/3)")
     add("--lambda_orth", type=float, default=1.0, metavar="LAMBDA",
         help="weight of L_orth; 0: no orthogonality (default: 1)")
-    add("--max_groups", type=int, metavar="G", help="(default: the number of stages)")
+    add("--max_groups", type=int, metavar="G",
+        help="at most so many groups (default: the number of stages; as published 5 on ucit)")
     add("--max_experts", type=int, metavar="E", help="(default: the number of stages)")
     add("--paper_constants", action="store_true",
         help="sigma 2, tau_alloc 0.08, novelty not relative, buffer not at least 16 steps, groups "
-             "by lead alone (default: off)")
+             "by lead alone, on ucit at most 5 (default: off)")
     add("--routing", default="centroid", choices=["centroid", "uniform", "oracle"],
-        help="inside a group: by RBF, evenly; or in tests the stage's own expert alone, known "
-             "(default: centroid)")
+        help="inside a group: by RBF, evenly; or in tests the stage's own expert alone, known, "
+             "even if it was trained in a mixture (default: centroid)")
     add("--reuse", action=argparse.BooleanOptionalAction, default=True,
         help="mix a group's experts; off: one expert per task, trained and used alone, the most "
              "likely one (default: on)")
@@ -146,10 +149,13 @@ def parse(argv=None):
     for name in ("buffer_share", "tau_alloc", "tau_orth", "theta", "lambda_orth", "save_every"):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)} must be zero or more")
-    above_zero = "buffer_rank r_min sigma max_groups max_experts eval_batch_size"
+    above_zero = "buffer_rank r_min sigma sigma_share max_groups max_experts eval_batch_size"
     for name in above_zero.split():
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name} {getattr(args, name)} must be above zero")
+    if args.routing == "uniform" and not args.reuse:
+        raise InputError("--routing uniform with --no-reuse: of even weights none is the largest, "
+                         "so no expert can be chosen; leave one of the two out")
     if not args.plot:
         args.rank = (10 if args.stream == "trigap" else 9) if args.rank is None else args.rank
         args.alpha = 2.0 * args.rank if args.alpha is None else args.alpha
@@ -170,7 +176,8 @@ def check_stream(args, stream):
     T, tiny = len(stream.stages), text_width(args.model) < 512
     if args.tau_alloc is None:
         args.tau_alloc = 0.13 if tiny and not args.paper_constants else 0.08
-    args.max_groups, args.max_experts = args.max_groups or T, args.max_experts or T
+    groups = 5 if args.paper_constants and args.stream == "ucit" else T
+    args.max_groups, args.max_experts = args.max_groups or groups, args.max_experts or T
     if T > args.max_experts:
         raise InputError(f"{T} stages need --max_experts {T} or more, not {args.max_experts}")
     return args
@@ -332,9 +339,11 @@ def route(q, group, centroids, groups, sigma):
     return logits.masked_fill(groups[None] != group[:, None], -math.inf).softmax(1)
 
 
-def default_sigma(centroids):
-    """A third of the median distance between the stages' centroids [E, c]; 1 if there is one."""
-    return float(torch.pdist(centroids).median()) / 3 if len(centroids) > 1 else 1.0
+def sigma_of(args, centroids):
+    """--sigma, or its share of the median distance between centroids [E, c]; 1 if there is one."""
+    if args.sigma or len(centroids) < 2:
+        return args.sigma or 1.0
+    return float(torch.pdist(centroids).median()) * args.sigma_share
 
 
 # --------------------------------------------------------------------------------------------------
@@ -428,6 +437,11 @@ def add_experts(model, targets, scale, dropout):
         layers[path] = ExpertLinear(model.get_submodule(path), routing, scale, dropout)
         model.set_submodule(path, layers[path].train(model.training))
     return layers, routing
+
+
+def ranks_of(layers, E):
+    """Rank of each of E experts in every layer, [E, layers]."""
+    return torch.stack([layer.owner.bincount(minlength=E) for layer in layers.values()], 1).cpu()
 
 
 def basis(x):
@@ -530,7 +544,7 @@ def weights_for(u, q, memory, args, own=None):
         group = groups[own].expand(len(u))
     if args.routing == "uniform":
         q = torch.full_like(q, math.nan)
-    pi = route(q, group, centroids, groups, args.sigma or default_sigma(centroids))
+    pi = route(q, group, centroids, groups, sigma_of(args, centroids))
     if not args.reuse:  # one expert alone: in training its own, in tests the most likely
         best = pi.argmax(1) if own is None else torch.full((len(u),), own)
         pi = F.one_hot(best, len(groups)).float()
@@ -676,6 +690,8 @@ def main(args, stream, run):
         warm = min(warm, len(steps) - 1)
         print(f"{warm} steps in the buffer, {len(steps) - warm} in the expert; old experts have "
               f"{100 * gamma.mean():.1f}% of the weight")  # fmt: skip
+        if len(steps) - warm < warm and args.buffer_share:
+            print(f"note: {stage.name} has {len(steps)} steps: most of them go to the buffer")
         begin = 0
         if unfinished:
             begin = unfinished["steps"]
@@ -750,13 +766,12 @@ def main(args, stream, run):
         energy.append(float(np.mean(inside)) if inside else math.nan)
         trained.append(sum(p.numel() for p in parameters))
         shared.append(float(gamma.mean()))
-        sigmas.append(args.sigma or default_sigma(memory["centroid"]))
+        sigmas.append(sigma_of(args, memory["centroid"]))
         for layer in layers.values():
             layer.keep(t)
         experts = sum(layer.A.numel() + layer.B.numel() for layer in layers.values())
         stored.append(experts + memory["centroid"].numel() + memory["prototype"].numel())
-        ranks = torch.tensor([[int((v.owner == k).sum()) for v in layers.values()]
-                              for k in range(t + 1)])  # fmt: skip
+        ranks = ranks_of(layers, t + 1)
         print(f"expert {t + 1}: mean rank {ranks[t].float().mean():.1f}, {stored[-1]:,} stored")
 
         # test on all stages seen so far; with --hold_out also on the object group that was left out
@@ -792,7 +807,8 @@ def main(args, stream, run):
     instructions = [stage.train[0].question.split("\n")[-1] for stage in stages]
     summary |= {"instructions": instructions}
     summary |= {"tower_runs": cache.tower_runs, "stored_parameters": stored, "energy": energy}
-    summary |= {"groups": memory["group"].tolist(), "ranks": ranks.tolist(), "per_rank": per_rank}
+    summary |= {"groups": memory["group"].tolist(), "per_rank": per_rank}
+    summary |= {"ranks": ranks_of(layers, T).tolist()}
     summary |= {"routing_accuracy": right, "layers": list(layers)}
     if stream.novel:
         print("object group left out of training:\n" + evaluation.table(novel, names) + "\n")
@@ -898,6 +914,7 @@ def figure_parameters(runs, path):
                   marker=evaluation.MARKERS[k % 7], label=f"{label}: stored")  # fmt: skip
         axis.plot(stages, np.array(record["trained_parameters"]) / 1e3, color=color,
                   linestyle="-.", label=f"{label}: trained, after the buffer")  # fmt: skip
+    record = next(iter(runs.values()))
     rank = record["args"]["rank"]
     one = record["per_rank"] * rank / 1e3
     axis.plot(stages, one * stages, "k--", label=f"one LoRA of rank {rank} a task")
@@ -940,8 +957,12 @@ def plot(folders, path=None):
     flags = [record["args"] for record in records]
     keys = [key for key in flags[0] if len({str(own.get(key)) for own in flags}) > 1]
     labels = [", ".join(["CRAM", *(f"{key} {own.get(key)}" for key in keys)]) for own in flags]
+    if len(set(labels)) < len(labels):  # the same flags, say from two commits
+        labels = [f"{label} ({folder})" for label, folder in zip(labels, folders, strict=True)]
     runs = dict(zip(labels, records, strict=True))
-    routes = np.load(Path(folders[0]) / "routing.npz")
+    if not (file := Path(folders[0]) / "routing.npz").exists():
+        raise InputError(f"--plot: {file} is missing; copy it back, or plot another run first")
+    routes = np.load(file)
     figure_routing(records[0], routes, path)
     figure_groups(records[0], path)
     figure_ranks(records[0], path)

@@ -128,11 +128,12 @@ SWEEPS |= {
         {
             "CRAM": CRAM,
             "one expert a task": f"{CRAM} --no-reuse",
-            "fixed rank": f"{CRAM} --fixed_rank",
+            "fixed rank, novelty off": f"{CRAM} --fixed_rank",
             "no orthogonality": f"{CRAM} --lambda_orth 0",
             "no groups": f"{CRAM} --no-grouping",
             "uniform routing": f"{CRAM} --routing uniform",
             "oracle routing": f"{CRAM} --routing oracle",
+            "experts shared more": f"{CRAM} --sigma_share 1",
         },
     ),
     "mr-lora": (
