@@ -1071,14 +1071,15 @@ def figure_9(runs, path):
         asked = runs[0].rows[i, i][c]
         question = textwrap.shorten(question_core(asked["prompt"]), 66)
         question = f"{textwrap.fill(question, 22)}\n-> {asked['answers'][0][:20]}"
-        row[0].set_title(question, fontsize=8)
+        row[0].set_title(question, fontsize=8, parse_math=False)  # "$5" is money
         for (r, t, when), shown, power in zip(views, row[1::2], row[2::2], strict=True):
             t = i if t is None else t
             answer, attention = r.rows[t, i][c], r.seen(t, i, "map")[c]
             shown.imshow(picture, extent=extent)
             shown.imshow(attention, cmap="inferno", alpha=0.5, extent=extent)
             mark = "right" if answer["score"] >= 0.5 else "wrong"
-            shown.set_title(f"{when}\n{answer['text'][:16]!a} ({mark})", fontsize=8)
+            said = f"{when}\n{answer['text'][:16]!a} ({mark})"
+            shown.set_title(said, fontsize=8, parse_math=False)
             P = np.abs(np.fft.fft2(attention)) ** 2
             P[0, 0] = np.nan
             power.imshow(np.log10(np.fft.fftshift(P) + 1e-9), cmap="inferno")

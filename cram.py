@@ -879,7 +879,7 @@ def figure_groups(record, path):
         mean = np.mean(record["ranks"][k])
         text = f"expert {k + 1}: {record['stages'][k]}, mean rank {mean:.1f}\n"
         text += f'"{textwrap.shorten(record["instructions"][k], 56)}"'
-        axis.text(2.03, y, text, va="center", fontsize=8)
+        axis.text(2.03, y, text, va="center", fontsize=8, parse_math=False)  # "$5" is money
     axis.text(0, (len(groups) - 1) / 2, "question ", ha="right", va="center", fontsize=9)
     axis.set_xlim(-0.4, 5)
     axis.invert_yaxis()

@@ -104,6 +104,7 @@ def vqa_accuracy(prediction: str, answers) -> float:
     the mean counts. So 1, 2, 3, 4 matches of ten give 0.3, 0.6, 0.9, 1. Gold answers lose their
     punctuation only where annotators disagree, and never articles or number words: officially a
     gold "two" can never be matched. One gold answer alone: equality, both sides normalized.
+    `textvqa_accuracy` normalizes both sides always.
     """
     predicted = normalize_vqa(prediction)
     if len(answers) == 1:
@@ -113,6 +114,17 @@ def vqa_accuracy(prediction: str, answers) -> float:
     return sum(min(1.0, (sum(hits) - hit) / 3) for hit in hits) / len(hits)
 
 
+def textvqa_accuracy(prediction: str, answers) -> float:
+    """CoIN's TextVQA: soft accuracy as above, with every gold answer in normal form, too."""
+    return vqa_accuracy(prediction, [normalize_vqa(answer) for answer in answers])
+
+
+def same_text(prediction: str, answers) -> float:
+    """UCIT, TriGap; VizWiz and VQAv2 of CoIN: equal up to case and outer spaces, nothing else."""
+    said = prediction.strip().upper()
+    return float(said in [answer.strip().upper() for answer in answers])
+
+
 def exact_match(prediction: str, answers) -> float:
     """1.0 if the prediction is a gold answer, up to case, outer spaces and trailing periods."""
     plain = [text.strip().rstrip(".").strip().lower() for text in (prediction, *answers)]
@@ -120,10 +132,20 @@ def exact_match(prediction: str, answers) -> float:
 
 
 def letter_match(prediction: str, answers) -> float:
-    """CoIN's ScienceQA: "B", "B. star" and the first word of one letter all mean option B."""
-    words = prediction.strip().split()
-    head = words[0].rstrip(".:)") if words else ""
-    letter = head if len(head) == 1 else next((word for word in words if len(word) == 1), "")
+    """CoIN's ScienceQA: "B", "B. star", and the first word of one letter, all mean option B."""
+    said = prediction.strip()
+    letter = said[:1] if said[1:3] == ". " or said[1:] == "." else ""
+    letter = letter or next((word for word in said.split() if len(word) == 1), "")
+    return float(letter.upper() in [answer.strip().upper() for answer in answers])
+
+
+def option_match(prediction: str, answers) -> float:
+    """ACL's GUI, offline in place of MMT-Bench's server: the last option letter of a text, as in
+    "b", "(B)", "B. star", "The answer is B."; the words "A" and "I" before another are none."""
+    said = prediction.strip()
+    whole = re.fullmatch(r"\(?([A-Za-z])[).:]*", said)
+    found = re.findall(r"(?<![\w'])([A-Z])(?![\w'])(?!(?<=[AI]) [a-z])", said)
+    letter = whole[1] if whole else found[-1] if found else ""
     return float(letter.upper() in [answer.strip().upper() for answer in answers])
 
 
@@ -190,15 +212,19 @@ def anls(prediction: str, answers, threshold: float = 0.0) -> float:
 
 
 def relaxed_match(prediction: str, answers) -> float:
-    """ChartQA: a number may be 5% off, everything else must match exactly (up to case)."""
+    """ChartQA: a number may be 5% off (20% is 0.2), everything else must match, up to case."""
+
+    def number(text):
+        return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+
     for gold in answers:
         try:
-            a, b = (float(text.strip().rstrip("%").replace(",", "")) for text in (prediction, gold))
+            a, b = number(prediction.strip()), number(gold.strip())
         except ValueError:
             continue
         if abs(a - b) <= 0.05 * abs(b):
             return 1.0
-    return exact_match(prediction, answers)
+    return same_text(prediction, answers)
 
 
 # MLLM-CL's tasks are scored by containment, with a rule of its own for nearly each. row: what
@@ -260,8 +286,8 @@ def math_match(prediction: str, answers) -> float:
     read as an option, a number as the last number of the text, all else must be contained."""
     gold, said = answers[0].strip(), prediction.strip()
     if re.fullmatch(r"[A-Za-z]", gold):
-        return letter_match(said, answers)
-    number = r"-?\d[\d,]*\.?\d*"
+        return option_match(said, answers)
+    number = r"(?:(?<!\d)-)?\d[\d,]*\.?\d*"  # of 2021-2022 the last is 2022
     if re.fullmatch(number, gold):
         found = re.findall(number, said)
         return float(
@@ -377,9 +403,12 @@ def caption_match(prediction: str, answers) -> float:
 
 
 SCORERS = {
-    "exact": exact_match,  # UCIT, TriGap; GQA, VizWiz, VQAv2 and OCRVQA of CoIN
+    "exact": exact_match,  # GQA and OCRVQA of CoIN, and what is not a released stream
+    "same": same_text,
     "vqa": vqa_accuracy,
+    "textvqa": textvqa_accuracy,
     "letter": letter_match,
+    "option": option_match,
     "contains": contained,
     "contains-legacy": partial(contained, legacy=True),
     "iou": box_match,

@@ -1232,7 +1232,7 @@ def draw_tasks(rng, folder: Path, stream: str) -> None:
                 elif box:
                     record |= {"answer_bbox": said, "size": [SIDE, SIDE]}
                 else:
-                    record["answer"] = answers if row.metrics.get(stage) == "vqa" else said
+                    record["answer"] = answers if row.metrics.get(stage) == "textvqa" else said
                     captions += [{"image_id": n + 1, "caption": a} for a in answers]
                 records.append(record)
             _dump(records, home)

@@ -539,7 +539,7 @@ LLAVA_FAULTS = [
     (lambda r: write(r / "stream.json", {"stages": ["x"]}), "missing file .*x/train.json"),
     (lambda r: write(r / "stream.json", {"stages": ["../x"]}), "plain folder names"),
     (lambda r: write(r / "stream.json", {"stages": []}), "has no stages"),
-    (lambda r: write(r / "stream.json", {"metric": "f1"}), "metric must be one of exact, vqa"),
+    (lambda r: write(r / "stream.json", {"metric": "f1"}), "metric must be one of exact, same"),
 ]
 
 
