@@ -827,6 +827,7 @@ def main(args, stream, run):
     if memory:
         kept = [*memory.values(), *(parser or {}).values()]
         summary["prototype_floats"] = sum(value.numel() for value in kept)
+    summary["stored_parameters"] = count["trainable"] + summary.get("prototype_floats", 0)
     if stream.novel:
         print("object group left out of training:\n" + evaluation.table(novel, names) + "\n")
         summary["novel"] = {"matrix": novel, "metrics": evaluation.metrics(novel)}

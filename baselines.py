@@ -26,7 +26,7 @@ asr.py's, whose run with both losses off is --method sequential.
     python baselines.py --method joint --blind                    also test with all images black
 
 zeroshot and joint fill the last row of the accuracy matrix only, so they have AP and no forgetting.
-T is the number of stages, t a stage; theta are the LoRA weights, F the Fisher information.
+t is a stage, T the temperature of lwf and hide, theta the LoRA weights, F the Fisher information.
 
 Where they differ from their papers: ewc and lwf protect the LoRA weights alone, all others are
 frozen. F is the mean of squared gradients for the given answers (the "empirical" one), not for
@@ -34,12 +34,13 @@ answers drawn from the model; the quadratic terms of all stages are kept as one.
 old tasks: the words of an answer are one output layer for all stages; old and new model are
 compared word by word along the given answer, and the loss is times T^2, so that T does not change
 its weight. olora adds up absolute values as its release does (the paper has squares), and has no
-penalty on the size of the new LoRA. moelora's scale is alpha / (r / experts), so that even gates
-make it a plain LoRA (a guess), and its gates begin even. hide adds up the products B_i A_i; its
+penalty on the size of the new LoRA. moelora's gates begin even; its scale is alpha / r, r the ranks
+of all experts together, as in its release. hide adds up the products B_i A_i; its
 release adds up the B_i and the A_i, and multiplies then, so that B_i meets A_j. Its likeness is
 that of LLaVA's own frozen features, its release's that of CLIP's, and every question has weights of
 its own, in the release the whole batch has one; the projector is a LoRA or frozen and not one that
-all stages train.
+all stages train. Rank, layers, rate, epochs and --experts are the same for all methods of a stream;
+the releases choose them by method and by task.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def parse(argv=None):
     add("--fisher_samples", type=int, default=100, metavar="N",
         help="ewc: samples of a stage that F is measured on (default: 100)")
     add("--lwf_lambda", type=float, default=1.0, metavar="LAMBDA",
-        help="lwf: weight of the distillation loss (default: 1, a guess)")
+        help="lwf: weight of the distillation loss (default: 1, the paper's)")
     add("--lwf_temperature", type=float, default=2.0, metavar="T",
         help="lwf: answers are compared as softmax(logits / T) (default: 2)")
     add("--olora_lambda", type=float, default=0.5, metavar="LAMBDA_1",
@@ -252,12 +253,12 @@ def likeness(features, memory):
 
 
 class MoELoRALinear(torch.nn.Module):
-    """y = W x + (alpha E / r) B (g * A x) for x [..., in]; g = softmax(G x), [..., E], weighs the
+    """y = W x + (alpha / r) B (g * A x) for x [..., in]; g = softmax(G x), [..., E], weighs the
     experts, each of which has r / E of the rows of A."""
 
     def __init__(self, base, rank, alpha, dropout, experts):
         super().__init__()
-        self.base, self.dropout, self.scale = base, dropout, alpha * experts / rank
+        self.base, self.dropout, self.scale = base, dropout, alpha / rank
         device, n = base.weight.device, base.in_features
         a = torch.nn.init.kaiming_uniform_(torch.empty(rank, n), a=5**0.5)
         self.A = torch.nn.Parameter(a.to(device))
@@ -560,17 +561,23 @@ def main(args, stream, run):
             checkpoint(p + 1)
 
     # ---- 7.5 The result -------------------------------------------------------------------------
+    unseen = []  # answers without looking; all processes take part
+    for stage in stages if args.blind else ():
+        more = args, f"blind {stage.name}", True
+        unseen.append(evaluate_stage(model, processor, cache, collator, stage, *more))
     if me:  # under torchrun the first process has it
         return
     names = [stage.name for stage in stages]
     print("\n" + evaluation.table(matrix, names) + "\n")
     summary = {"peak_memory_mb": peak_memory(), "trainable_parameters": count["trainable"]}
-    summary |= {"tower_runs": cache.tower_runs}
+    stored = sum(p.numel() for p in parameters) * (len(adapters) or 1)  # moelora has no adapters
+    if memory:  # F and theta* of ewc, anchors of hide
+        kept = memory.values() if args.method == "ewc" else memory
+        stored += sum(x.numel() for tensors in kept for x in tensors)
+    summary |= {"tower_runs": cache.tower_runs, "stored_parameters": stored}
     if args.blind:
         blind, kinds = [], {}  # accuracy per stage; [seeing, blind] scores per kind of question
-        for i, stage in enumerate(stages):
-            title = f"blind {stage.name}"
-            rows = evaluate_stage(model, processor, cache, collator, stage, args, title, blind=True)
+        for i, (stage, rows) in enumerate(zip(stages, unseen, strict=True)):
             blind.append(evaluation.accuracy(rows, stage.metric))
             evaluation.write_predictions(run, T - 1, f"blind-{i + 1}", rows)
             seeing = evaluation.predictions_file(run, T - 1, i)

@@ -904,6 +904,23 @@ def record_table(
     return grid(lines, markdown)
 
 
+def drift_correlation(records) -> tuple[np.ndarray, tuple[float, float, float], int]:
+    """Does a skill whose spectrum drifts lose points? From the "drift" of records of asr.py:
+    points [2, n] (nats; points lost), (r, low, high), number of seeds.
+
+    One Pearson correlation a run, over its skills; runs of one seed are averaged; then the mean
+    over the seeds and its 95% t interval. Means are of Fisher's z = atanh r.
+    """
+    runs = [np.array([p for p in r["drift"].values() if None not in p]).T for r in records]
+    by_seed = {}
+    for record, pairs in zip(records, runs, strict=True):
+        z = np.arctanh(np.corrcoef(*pairs)[0, 1])
+        by_seed.setdefault(record["seed"], []).append(z)
+    values = [np.mean(z) for z in by_seed.values()]
+    mean = paired(values, np.zeros(len(values)))[:3]
+    return np.concatenate(runs, 1), tuple(map(float, np.tanh(mean))), len(values)
+
+
 def _mean_std(values: list[float]) -> str:
     if not values or np.isnan(values).any():
         return "-"
@@ -1049,7 +1066,7 @@ def main(argv: list[str] | None = None) -> int:
         import sweep  # it knows the rows of each sweep; it imports this file, so not at the top
 
         sweep.RESULTS = results
-        for name in sweep.SWEEPS:
+        for name in [*sweep.SWEEPS, *sweep.OTHER_TABLES]:
             print(f"## {name}\n\n{sweep.block(name, args.markdown)}\n")
         return 0
     folders = [path for path in args.runs if not path.endswith(".json")]

@@ -12,7 +12,10 @@ are printed as missing. Cells run on one thread each, --jobs of them at a time.
 """
 
 import argparse
+import contextlib
 import functools
+import importlib
+import io
 import math
 import random
 import re
@@ -20,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -200,7 +204,18 @@ def _number(value):
 
 
 def _last(record, key):
-    return record[key][-1] if key in record else math.nan
+    value = record.get(key, math.nan)
+    return value[-1] if isinstance(value, list) else value
+
+
+def _kept(record):
+    """Training samples of earlier stages that a method goes back to."""
+    args, T = record["args"], len(record["stages"])
+    if record["script"] == "mllm_cl" and args["router"] != "oracle":
+        return args["shots"] * T
+    if args.get("method") == "joint":
+        return math.inf
+    return args["buffer"] * (T - 1) if args.get("method") == "replay" else 0
 
 
 EXTRA = {  # sweep -> {head of a further column: function of a record}
@@ -225,6 +240,14 @@ EXTRA["mr-lora"] = EXTRA["shots"] = {
 }
 
 
+for _name in ("all", "all-baselines"):
+    EXTRA[_name] = {
+        "stored (1000)": lambda r: _last(r, "stored_parameters") / 1e3,
+        "samples kept": _kept,
+        "seconds": lambda r: r["seconds"],
+    }
+
+
 def file_name(label: str) -> str:
     """The label as it stands in the names of files."""
     return re.sub(r"\s+", "_", re.sub(r"[,=']", "", label))
@@ -237,12 +260,17 @@ def cells(name: str):
         for stream in streams:
             for label, command in rows.items():
                 stem = f"{file_name(label)}-{stream}-{seed}"
-                # named by its command: two sweeps that ask for the same run share it
-                own = command.format(stream=stream, seed=seed, twice=TWICE.get(stream))
-                flags = own.split(" --experts runs")[0].replace("--", "")
-                out = RUNS / f"{file_name(flags)}-{stream}-{seed}"
-                line = f"{own} --stream {stream} --seed {seed}{_threads(name)} --out {out}"
-                yield RESULTS / name / f"{stem}.json", line
+                yield RESULTS / name / f"{stem}.json", command_line(name, command, stream, seed)
+
+
+def command_line(name: str, command: str, stream, seed) -> str:
+    """A row's command for one stream and seed. The run folder is named by the command: two sweeps
+    that ask for the same run share it."""
+    own = command.format(stream=stream, seed=seed, twice=TWICE.get(stream))
+    flags = own.split(" --experts runs")[0].replace("--", "")
+    threads = "" if name == "default" else " --threads 1"  # that one is as a user starts it
+    out = RUNS / f"{file_name(flags)}-{stream}-{seed}"
+    return f"{own} --stream {stream} --seed {seed}{threads} --out {out}"
 
 
 def run_cell(record: Path, line: str) -> str:
@@ -268,7 +296,7 @@ def run_cell(record: Path, line: str) -> str:
 def records_of(name: str, stream: str) -> dict[str, dict]:
     """{file stem: record, with its label} of the cells of a sweep that have run on a stream."""
     found = {}
-    for path, _ in cells(name):
+    for path, line in cells(name):
         if path.exists() and path.stem.rsplit("-", 1)[0].endswith(f"-{stream}"):
             label = path.stem.rsplit("-", 1)[0].removesuffix(f"-{stream}")
             found[path.stem] = evaluation.load_record(path) | {"label": label}
@@ -277,7 +305,38 @@ def records_of(name: str, stream: str) -> dict[str, dict]:
                     f"{path} was made with another tiny LLaVA than the one in assets, "
                     f"{shipped[:12]}: delete it and run {name} again"
                 )
+            if changed := outdated(found[path.stem]["args"], line):
+                raise data.InputError(
+                    f"{path} is not what its command does now ({changed}): delete it, and its run "
+                    f"folder if it is there, and run {name} again"
+                )
     return found
+
+
+# what an answer does not depend on
+SAME_NUMBERS = {"out", "experts", "resume", "eval_batch_size"}
+
+
+def outdated(args: dict, line: str) -> str:
+    """Which settings of a record its command would not have today, as "lr 0.1, now 0.2"; or ""."""
+    now, before = _settings(re.sub(r" --experts runs/\S+", "", line)), []
+    for key in sorted(now.keys() & args.keys() - SAME_NUMBERS):
+        if now[key] is not None and evaluation.jsonable(now[key]) != args[key]:
+            before.append(f"{key} {args[key]}, now {now[key]}")
+    return "; ".join(before)
+
+
+def _settings(line: str) -> dict:
+    """All flags of a command line, with the defaults that its script fills in."""
+    script, *flags = shlex.split(line)
+    module = importlib.import_module(Path(script).stem)
+    with contextlib.redirect_stdout(io.StringIO()):  # what was chosen
+        args = data.resolve_defaults(module.parse(flags))
+        if check := getattr(module, "check_stream", None):
+            row, endless = data.STREAMS[args.stream], range(10**9)  # training samples
+            stages = [types.SimpleNamespace(name=name, train=endless) for name in row.stages]
+            check(args, types.SimpleNamespace(stages=stages, descriptions=row.descriptions))
+    return vars(args)
 
 
 @functools.cache
@@ -304,21 +363,15 @@ def sweep_table(name: str, markdown: bool) -> str:
 
 def commands(name: str) -> str:
     """The command behind every row of a sweep, with STREAM and SEED to fill in, folded away."""
-    rows = list(SWEEPS[name][2].items())
-    width = max(len(label) for label, _ in rows)
-    twice = " or ".join(sorted(set(TWICE.values())))
+    streams, _, rows = SWEEPS[name]
+    by_stream = any("{twice}" in command for command in rows.values())
     lines = [
-        f"{label:{width}}  python {command.format(stream='STREAM', seed='SEED', twice=twice)} "
-        f"--stream STREAM --seed SEED{_threads(name)}"
-        for label, command in rows
+        f"# {label}\npython {command_line(name, command, stream, 'SEED')}"
+        for stream in (streams if by_stream or len(streams) == 1 else ["STREAM"])
+        for label, command in rows.items()
     ]
-    head = "<details><summary>the command behind each row (one stream, one seed)</summary>"
-    return "\n".join([head, "", "```text", *lines, "```", "", "</details>"])
-
-
-def _threads(name: str) -> str:
-    """Cells run on one thread each; the sweep "default" as a user starts it."""
-    return "" if name == "default" else " --threads 1"
+    head = "<details><summary>the command behind each row, for one seed</summary>"
+    return "\n".join([head, "", "```bash", *lines, "```", "", "</details>"])
 
 
 def regime_table(markdown: bool) -> str:
@@ -381,6 +434,150 @@ def default_table(markdown: bool) -> str:
     return f"{table}\n\n{cost}"
 
 
+def rows_of(name: str, stream: str) -> dict[str, dict[int, dict]]:
+    """{label: {seed: record}} of a sweep's records on a stream."""
+    rows = {label: {} for label in SWEEPS[name][2]}
+    files = {file_name(label): label for label in rows}
+    for record in records_of(name, stream).values():
+        rows[files[record["label"]]][record["seed"]] = record
+    return rows
+
+
+def _over_seeds(rows, label, value) -> str:
+    """Mean of a number over the seeds of a row."""
+    numbers = [value(record) for record in rows[label].values()]
+    return evaluation.show(np.mean(numbers)) if numbers else "missing"
+
+
+def _apart(rows, label, other, key="AP") -> str:
+    """How far a row lies from another, with its interval."""
+    seeds = sorted(rows[label].keys() & rows[other].keys())
+    if not seeds:
+        return "missing"
+    a, b = ([rows[x][seed]["metrics"][key] for seed in seeds] for x in (label, other))
+    mean, low, high, n = evaluation.paired(a, b)
+    return f"{mean:+.1f}" + (f" [{low:+.1f}, {high:+.1f}]" if n > 1 else "")
+
+
+def _share_of_forgetting(rows) -> str:
+    forgotten = [[r["metrics"]["AF"] for r in rows[x].values()] for x in ("CRAM", "sequential")]
+    if not all(forgotten):
+        return "missing"
+    return f"{100 * np.mean(forgotten[0]) / np.mean(forgotten[1]):.1f}%"
+
+
+ONE, ORACLE = "one LoRA a task, task known", "MR-LoRA, oracle"
+GOALS = {  # table -> (sweep, [(what, wanted, function of rows_of)])
+    "cram-goals": ("cram", [
+        ("forgotten (AF), of what sequential LoRA forgets", "below 25%", _share_of_forgetting),
+        ("AP - AP of one LoRA a task, task known", "-3 or more", lambda r: _apart(r, "CRAM", ONE)),
+        ("stored, of one LoRA a task (%)", "80 or less", lambda r: _over_seeds(
+            r, "CRAM", EXTRA["cram"]["of one LoRA a task (%)"])),
+    ]),
+    "mr-lora-goals": ("mr-lora", [
+        ("routed right in the end (%)", "97 or more on dcl", lambda r: _over_seeds(
+            r, "MR-LoRA", lambda x: _last(x, "routing_accuracy"))),
+        ("MFN - MFN with the task known", "within 1", lambda r: _apart(r, "MR-LoRA", ORACLE)),
+        ("BWT", "within 0.5 of 0", lambda r: _over_seeds(
+            r, "MR-LoRA", lambda x: x["metrics"]["BWT"])),
+    ]),
+}  # fmt: skip
+
+
+def goals_table(name: str, markdown: bool) -> str:
+    """What was hoped for, and what was measured (mean over seeds, differences paired by seed)."""
+    sweep, goals = GOALS[name]
+    streams = SWEEPS[sweep][0]
+    found = [rows_of(sweep, stream) for stream in streams]
+    lines = [["", "wanted", *streams]]
+    lines += [[what, wanted, *(value(rows) for rows in found)] for what, wanted, value in goals]
+    return evaluation.grid(lines, markdown)
+
+
+def _scores(*keys):
+    return lambda record: [_number(record["metrics"][key]) for key in keys]
+
+
+def _task(i):
+    return lambda record: [record["matrix"][-1][i]]
+
+
+AP_AF, MCL = _scores("AP", "AF"), _scores("MFT", "MFN", "MAA", "BWT")
+UCIT = "87.23 92.17 60.55 80.43 70.67 57.35".split()
+TRIGAP = "43.60 44.33 16.92 66.00 39.17 91.83 12.83 24.27 79.49 59.53".split()
+# table -> (what the numbers are, [(row, published, sweep, stream, label, our numbers)])
+BESIDE = {
+    "beside-asr": ("AP / AF", [
+        ("VQA v2: sequential", "44.1 / 18.3", "regime", "vqav2", "sequential", AP_AF),
+        ("VQA v2: joint", "55.0 / 0", "regime", "vqav2", "joint", AP_AF),
+        ("VQACL: sequential", "40.2 / 19.5", "report", "vqacl", "sequential", AP_AF),
+        ("VQACL: ASR", "48.6 / 5.1", "report", "vqacl", "both, parser", AP_AF),
+        ("VQACL: joint", "52.4 / 0", "regime", "vqacl", "joint", AP_AF),
+        ("CLT-VQA: sequential", "36.8 / 22.5", "regime", "clt-vqa", "sequential", AP_AF),
+        ("CLT-VQA: ASR", "46.2 / 5.5", "all", "clt-vqa", "ASR", AP_AF),
+        ("CLT-VQA: joint", "49.8 / 0", "regime", "clt-vqa", "joint", AP_AF),
+    ]),
+    "beside-cram": ("score of a task after the last stage", [
+        *((f"UCIT: {task}", paper, "cram", "ucit", "CRAM", _task(i)) for i, (task, paper)
+          in enumerate(zip(data.STREAMS["ucit"].stages, UCIT, strict=True))),
+        *((f"TriGap: {task}", paper, "cram", "trigap", "CRAM", _task(i)) for i, (task, paper)
+          in enumerate(zip(data.STREAMS["trigap"].stages, TRIGAP, strict=True))),
+    ]),
+    "beside-mr-lora": ("MFT / MFN / MAA / BWT", [
+        ("DCL: zero-shot", "- / 34.85 / - / -", "mr-lora", "dcl", "zero-shot", MCL),
+        ("DCL: sequential", "64.98 / 53.00 / 61.13 / -14.97", "mr-lora", "dcl", "sequential", MCL),
+        ("DCL: replay, 20 a task", "66.32 / 60.60 / 64.72 / -7.15", "mr-lora", "dcl",
+         "replay, 20 a task", MCL),
+        ("DCL: MR-LoRA", "69.64 / 69.63 / 71.06 / -0.01", "mr-lora", "dcl", "MR-LoRA", MCL),
+        ("ACL: zero-shot", "- / 33.05 / - / -", "mr-lora", "acl", "zero-shot", MCL),
+        ("ACL: sequential", "41.28 / 36.41 / 36.58 / -6.49", "mr-lora", "acl", "sequential", MCL),
+        ("ACL: replay, 20 a task", "40.32 / 35.41 / 36.32 / -6.55", "mr-lora", "acl",
+         "replay, 20 a task", MCL),
+        ("ACL: MR-LoRA", "41.89 / 41.88 / 38.86 / -0.02", "mr-lora", "acl", "MR-LoRA", MCL),
+    ]),
+}  # fmt: skip
+
+
+def beside_table(name: str, markdown: bool) -> str:
+    """The papers' numbers, quoted, and ours on the mini stream of the same name."""
+    what, rows = BESIDE[name]
+    lines = [[what, "published, LLaVA-1.5-7B", "tiny LLaVA, mini stream, ours",
+              "LLaVA-1.5-7B, ours"]]  # fmt: skip
+    for row, published, sweep, stream, label, numbers in rows:
+        found = [numbers(record) for record in rows_of(sweep, stream)[label].values()]
+        ours = " / ".join(map(evaluation.show, np.mean(found, 0))) if found else "missing"
+        ours += f" ({len(found)} seeds)" if found else ""
+        lines.append([row, published, ours, "not run yet"])
+    return evaluation.grid(lines, markdown)
+
+
+def drift_table(markdown: bool) -> str:
+    """Correlation of the drift of a skill's spectrum with the points that it has lost."""
+    lines = [["runs", "seeds", "r [95%] with L_spec", "without, L_geo alone"]]
+    for sweep in ("report", "report-drift"):
+        for stream in SWEEPS[sweep][0]:
+            found = [r for r in records_of(sweep, stream).values() if "drift" in r]
+            line, seeds = [], []
+            for spectral in (True, False):
+                own = [r for r in found if (r["args"]["beta"] > 0) == spectral]
+                if own:
+                    _, (r, low, high), n = evaluation.drift_correlation(own)
+                    line.append(f"{r:.2f} [{low:.2f}, {high:.2f}]")
+                    seeds.append(str(n))
+                else:
+                    line.append("missing")
+            lines.append([f"{sweep}, {stream}", " and ".join(dict.fromkeys(seeds)) or "-", *line])
+    return evaluation.grid(lines, markdown)
+
+
+def deviations(script: str) -> str:
+    """The numbered list "Where we differ" in the head of a script."""
+    head = Path(f"{script}.py").read_text().split('"""')[1].split("Where we differ")[1]
+    title, rest = head.split("\n", 1)
+    items = re.sub(r"\n    +(?=\S)", " ", f"\n{rest.strip()}")  # a number, one line
+    return f"Where we differ{title}\n" + re.sub(r"\n *(?=\d+\. )", "\n", items)
+
+
 def pretrain_table(markdown: bool) -> str:
     """Accuracy per question kind of two pre-training runs that differ in nothing but the seed."""
     folder = Path("assets/tiny-llava")
@@ -402,15 +599,18 @@ def bench_table(name: str, markdown: bool) -> str:
     if not (path := RESULTS / f"{name}.json").exists():
         return "missing: no record yet"
     tables = evaluation.read_json(path)["tables"]
-    tables = [[["-" if cell == "nan" else cell for cell in row] for row in t] for t in tables]
     return "\n\n".join(evaluation.grid(table, markdown) for table in tables)
 
 
 def block(name: str, markdown: bool = True) -> str:
     """The table NAME of the README."""
-    special = {"regime": regime_table, "default": default_table, "pretrain": pretrain_table}
-    special |= {bench: functools.partial(bench_table, bench) for bench in BENCHES}
+    special = {"regime": regime_table, "default": default_table} | OTHER_TABLES
     return special[name](markdown) if name in special else sweep_table(name, markdown)
+
+
+OTHER_TABLES = {"drift": drift_table, "pretrain": pretrain_table}
+for _function, _names in ((goals_table, GOALS), (beside_table, BESIDE), (bench_table, BENCHES)):
+    OTHER_TABLES |= {_name: functools.partial(_function, _name) for _name in _names}
 
 
 def line_of(file: str, name: str) -> int:
@@ -430,12 +630,16 @@ def write_page(path: Path) -> None:
         lambda m: f"[{m[1]}](../{m[2]}#L{line_of(m[2], m[1])})",
         path.read_text(),
     )
-    computed = {"memory": model.memory_table, "hours": model.hours_table}
-    for name in [*SWEEPS, *BENCHES, "pretrain", *computed]:
+    written = {"memory": model.memory_table, "hours": model.hours_table}
+    written |= {
+        f"deviations-{script}": functools.partial(deviations, script)
+        for script in ("asr", "cram", "mllm_cl")
+    }
+    for name in [*SWEEPS, *OTHER_TABLES, *written]:
         start, end = f"<!-- table {name} -->\n", "<!-- end -->"
         if start in text:
             before, rest = text.split(start)
-            table = computed[name]() if name in computed else block(name)
+            table = written[name]() if name in written else block(name)
             text = f"{before}{start}\n{table}\n\n{end}{rest.split(end, 1)[1]}"
     path.write_text(text)
 

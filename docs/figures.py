@@ -106,9 +106,8 @@ def theory(run, path):
 
 
 def drift(panels, path):
-    """What every skill has forgotten by the end against the drift of its spectrum, all seeds. One
-    correlation a run; the mean over the seeds and its 95% t interval, both of Fisher's z = atanh r,
-    in which correlations are added up. panels: {title: records}."""
+    """What every skill has forgotten by the end against the drift of its spectrum, all seeds, with
+    the correlation (of the drift itself, not of its logarithm). panels: {title: records}."""
     kinds = {True: "with L_spec", False: "without, L_geo alone"}
     figure, axes = evaluation.new_figure(1, len(panels), height=4.2)
     for axis, (title, records) in zip(np.ravel(axes), panels.items(), strict=True):
@@ -116,15 +115,10 @@ def drift(panels, path):
             own = [r for r in records if (r["args"]["beta"] > 0) == spectral]
             if not own:
                 continue
-            runs = [np.array([p for p in r["drift"].values() if None not in p]).T for r in own]
-            points, color = np.concatenate(runs, 1), evaluation.COLORS[k]
-            by_seed = {}
-            for r, pairs in zip(own, runs, strict=True):
-                by_seed.setdefault(r["seed"], []).append(np.corrcoef(*pairs)[0, 1])
-            values = [np.mean(np.arctanh(v)) for v in by_seed.values()]
-            mean, low, high, _ = np.tanh(evaluation.paired(values, np.zeros(len(values))))
+            points, (mean, low, high), _ = evaluation.drift_correlation(own)
             label = f"{kind}:\nr = {mean:.2f} [{low:.2f}, {high:.2f}]"
-            axis.semilogx(*points, "os"[k], color=color, ms=3, alpha=0.4, label=label)
+            axis.semilogx(*points, "os"[k], color=evaluation.COLORS[k], ms=3, alpha=0.4,
+                          label=label)  # fmt: skip
         title = f"{title}\n{len({r['seed'] for r in records})} seeds"
         asr.style(axis, title, "drift (JSD, nats)", "forgotten (points)")
         axis.title.set_fontsize(9)

@@ -207,16 +207,16 @@ def test_olora_leaves_earlier_stages_alone(flags, tmp_path):
         assert torch.equal(own, value)
 
 
-def test_even_gates_are_a_plain_lora_and_a_sharp_gate_is_one_expert():
+def test_even_gates_are_a_quarter_of_a_plain_lora_and_a_sharp_gate_is_one_expert():
     torch.manual_seed(2)
     layer = baselines.MoELoRALinear(torch.nn.Linear(10, 6), 8, 16.0, 0.0, 4)
     torch.nn.init.normal_(layer.B)
     x = torch.randn(3, 5, 10)
-    plain = layer.base(x) + 2 * x @ layer.A.T @ layer.B.T
-    torch.testing.assert_close(layer(x), plain)
+    even = layer.base(x) + 2 * x @ layer.A.T @ layer.B.T / 4  # alpha / r = 2, four experts
+    torch.testing.assert_close(layer(x), even)
     with torch.no_grad():
         layer.G[2] = 1000 * x[0, 0]
-    own = layer.base(x[0, 0]) + 8 * layer.B[:, 4:6] @ layer.A[4:6] @ x[0, 0]
+    own = layer.base(x[0, 0]) + 2 * layer.B[:, 4:6] @ layer.A[4:6] @ x[0, 0]
     torch.testing.assert_close(layer(x)[0, 0], own, rtol=1e-4, atol=1e-4)
 
 

@@ -253,20 +253,24 @@ def test_shares_of_three_processes_are_the_whole(parts, monkeypatch):
     assert model.share_out(lambda x: 10 * x, range(parts)) == [10 * k for k in range(parts)]
 
 
-@pytest.mark.parametrize("script", ["asr", "cram", "mllm_cl", "baselines"])
+@pytest.mark.parametrize(
+    "script", ["asr", "cram", "mllm_cl", "baselines olora", "baselines ewc", "baselines hide"]
+)
 def test_two_processes_are_one(script, flags, stream_folder, tmp_path):
     """torchrun shares the micro-batches out: losses and answers as from one process.
 
     Without dropout and L_geo, which live on the micro-batch.
     """
     flags = [*flags, "--dropout", "0", "--batch_size", "4", "--accumulate", "2", "--limit", "6"]
+    script, *method = script.split()
     if script == "asr":
         flags += ["--gamma", "0", "--skills", "parser"]
     if script == "cram":
         flags += ["--buffer_rank", "6", "--rank", "4", "--alpha", "8", "--r_min", "1"]
         flags += ["--targets", "q,v"]
     if script == "baselines":
-        flags += ["--method", "olora", "--olora_lambda", "0.1"]
+        flags += ["--method", *method, "--olora_lambda", "0.1", "--ewc_lambda", "1e4"]
+        flags += [] if method == ["hide"] else ["--blind"]
     if script == "mllm_cl":
         spec = json.dumps({"descriptions": {name: name for name in ("one", "two", "three")}})
         shutil.copytree(stream_folder, tmp_path / "stream")
