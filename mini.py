@@ -791,7 +791,7 @@ KINDS = (scene, shapes, sign, arithmetic, bars, candles, slide, aerial, road, di
 
 
 def contact_sheet(path: Path, columns: int = 6, zoom: int = 2) -> None:
-    """Examples of every picture kind and of what streams do to scenes, two rows side by side."""
+    """Examples of every picture kind and of what streams do to them, two rows side by side."""
     rng = np.random.default_rng(7)
     pad, label = 6, 74
     cell = SIDE * zoom + pad
@@ -800,6 +800,10 @@ def contact_sheet(path: Path, columns: int = 6, zoom: int = 2) -> None:
     looks["lamplight"] = lambda: lamplight(scene(rng).image)
     for domain in list(DOMAINS)[1:]:
         looks[domain] = lambda domain=domain: domain_filter(rng, domain, scene(rng).image)
+    for task, draw in TASKS["dcl"].items():
+        looks[f"dcl: {task}"] = lambda draw=draw: draw(rng)[0]
+    for task, draw in TASKS["acl"].items():
+        looks[f"acl: {task},\nin tests"] = lambda draw=draw: draw(rng, True)[0]
     sheet = Image.new("RGB", (2 * half + pad, math.ceil(len(looks) / 2) * cell + pad), "white")
     pen = ImageDraw.Draw(sheet)
     for k, (name, draw) in enumerate(looks.items()):

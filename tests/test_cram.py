@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,6 +116,24 @@ def test_rank_rules_against_numpy():
     A = torch.randn(10, 10) @ inside.T
     kept, _, chosen = cram.adaptive_expert(A, torch.randn(16, 10), 2.0, inside, tau_alloc=0)
     assert len(chosen) == 4 and torch.allclose(kept @ inside @ inside.T, kept, atol=1e-5)
+
+
+def test_stored_numbers_of_numpy():
+    """SVD, novelty and RBF on stored arrays; what was wanted was computed by numpy alone, formula
+    by formula, when they were stored."""
+    g = np.load(Path(__file__).parent / "golden" / "cram_golden.npz")
+    A, B, Q, q, c = (torch.tensor(g[name]) for name in ("A", "B", "Q", "q", "c"))
+    tau_alloc, tau_orth, sigma = g["constants"]
+    for relative, name in ((True, "ours"), (False, "published")):
+        got_A, got_B, chosen = cram.adaptive_expert(
+            A, B, 2.0, Q, r_min=2, r_max=7, tau_alloc=tau_alloc, tau_orth=tau_orth,
+            relative=relative,
+        )  # fmt: skip
+        assert chosen.tolist() == g[f"chosen_{name}"].tolist()
+        np.testing.assert_allclose(got_B @ got_A, g[f"product_{name}"], atol=1e-5)
+    groups = torch.zeros(len(c), dtype=torch.long)
+    pi = cram.route(q, torch.zeros(len(q), dtype=torch.long), c, groups, sigma)
+    np.testing.assert_allclose(pi, g["pi"], atol=1e-6)
 
 
 def test_groups_follow_from_cosines_by_hand():
@@ -257,6 +276,26 @@ def test_a_run_stopped_just_before_its_end_can_be_finished(cram_run, flags, tmp_
     before, after = (evaluation.read_json(path / "summary.json") for path in (cram_run, run))
     for key in ("matrix", "ranks", "stored_parameters", "trained_parameters", "routing_accuracy"):
         assert before[key] == after[key]
+
+
+def test_a_run_goes_on_with_its_own_features_only(cram_run, flags, clip_folder, tmp_path):
+    run = shutil.copytree(cram_run, tmp_path / "run")
+    (run / "summary.json").unlink()
+    with pytest.raises(data.InputError, match="--routing_features"):
+        more = [*HALF, "--resume", "--routing_features", str(clip_folder)]
+        run_here("cram", [*flags, *more], run)
+
+
+def test_an_instruction_that_is_empty_stops_before_any_work(flags, stream_folder, tmp_path):
+    broken = shutil.copytree(stream_folder, tmp_path / "stream")
+    file = broken / "two" / "train.json"
+    records = json.loads(file.read_text())
+    records[0]["conversations"][0]["value"] = "<image>\n "
+    file.write_text(json.dumps(records))
+    changed = [str(broken) if flag == str(stream_folder) else flag for flag in flags]
+    with pytest.raises(data.InputError, match="empty question"):
+        run_here("cram", changed, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

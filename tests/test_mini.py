@@ -1,11 +1,14 @@
 """The mini world: deterministic, true to the released formats, readable by its own tokenizer."""
 
+import argparse
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
 
+import data
 import mini
 from data import QUESTION_TYPES, object_group
 
@@ -103,3 +106,36 @@ def test_packed_questions_equal_single_prompts():
         alone = [mini._packed_logits(model, packer([[turn]]), features) for turn in turns]
     assert said.tolist() == [token for _, tokens in alone for token in tokens.tolist()]
     assert torch.allclose(both, torch.cat([logits for logits, _ in alone]), atol=1e-5)
+
+
+def forms(answer, question):
+    """What kind of answer this is, as a reader would say it."""
+    if isinstance(answer, float):
+        return "box"
+    if re.fullmatch("[A-F]", answer):
+        return "letter"
+    return "number" if answer.isdigit() else "caption" if " " in answer else "word"
+
+
+@pytest.mark.parametrize("stream", ["ucit", "trigap", "coin"])
+def test_stages_differ_in_picture_instruction_or_form_of_answer(stream, monkeypatch, tmp_path):
+    """Drawn small and read as the released files are; no two stages are alike in all three."""
+    monkeypatch.setitem(mini.TASK_SIZE, "train", 24)
+    monkeypatch.setitem(mini.TASK_SIZE, "test", 12)
+    mini.draw_tasks(np.random.default_rng(0), tmp_path, stream)
+    parser = argparse.ArgumentParser()
+    data.add_common_flags(parser)
+    args = parser.parse_args(["--stream", stream, "--data", str(tmp_path)])
+    kinds, metrics = set(), {"caption": "caption", "iou": "box", "letter": "letter"}
+    for stage in data.load_stream(args).stages:
+        assert len(stage.train) == 24 and len(stage.test) == 12
+        boxes = stage.metric == "iou"
+        form = {forms(0.5 if boxes else s.answer, s.question) for s in stage.train}
+        assert form == {metrics.get(stage.metric)} or stage.metric not in metrics, stage.name
+        instruction = stage.train[0].question.split("\n")[-1]
+        if len({s.question.split("\n")[-1] for s in stage.train}) > 1:
+            instruction = None  # each question is its own
+        pictures = np.stack([np.asarray(data.load_image(s.image)) for s in stage.train])
+        look = tuple((pictures.mean((0, 1, 2)) / 16).round().astype(int))
+        kinds.add((instruction, tuple(sorted(form)), look))
+    assert len(kinds) == len(mini.TASKS[stream]) == len(data.STREAMS[stream].stages)

@@ -18,7 +18,7 @@ import mini
 import mllm_cl
 from data import Collator
 from eval import score
-from model import image_tokens
+from model import add_lora, image_tokens
 
 ROUTER = "--router_epochs 2 --shots 3 --router_batch 4 --targets q,v,projector --rank 4".split()
 
@@ -368,3 +368,49 @@ def test_suffixes_of_dcl():
     assert "yes or no" in data.dcl_suffix("Fin", "which? A. x B. y", "yes", True)  # the leak
     assert data.dcl_suffix("RS", "how many?", "3", False) == ""
     assert re.match("Answer the question", data.dcl_suffix("Med", "what?", "x", False))
+
+
+@pytest.mark.parametrize("folder", ["", "domain"])
+def test_the_released_layout_of_dcl(folder, tmp_path):
+    """Suffixes are added to the tests, the router does not see them, and Sci goes by file names."""
+    answers = {"RS": "3", "Med": "no", "AD": "stop", "Sci": "b", "Fin": "yes"}
+    for stage, answer in answers.items():
+        home = tmp_path / folder / stage
+        (home / "images").mkdir(parents=True)
+        image = "images/AI2D_0.png" if stage == "Sci" else "images/0.png"
+        Image.new("RGB", (8, 8)).save(home / image)
+        said = [{"from": "human", "value": "<image>\nis it?"}, {"from": "gpt", "value": answer}]
+        (home / "train.json").write_text(
+            json.dumps([{"id": 0, "image": image, "conversations": said}])
+        )
+        test = {"question_id": 0, "image": image, "text": "is it?", "answer": answer}
+        (home / "test.json").write_text(json.dumps([test]))
+    args = mllm_cl.parse(["--stream", "dcl", "--data", str(tmp_path)])
+    stages = {stage.name: stage for stage in data.load_stream(data.resolve_defaults(args)).stages}
+    assert [stages[name].metric for name in answers] == [
+        "word-in",
+        "gold-in",
+        "word-in",
+        "sci",
+        "fin",
+    ]
+    asked = {name: stage.test[0].question for name, stage in stages.items()}
+    assert asked["RS"] == asked["AD"] == asked["Sci"] == "is it?"
+    assert asked["Med"].endswith("is it? Answer the question with a single word (or phrase).")
+    assert asked["Fin"] == "is it? Only answer with yes or no directly."
+    for stage in stages.values():
+        assert stage.train[0].question == "is it?"
+        (shown,) = mllm_cl.router_samples(stage.test, [0], ["maps"], ["A"])
+        assert "Question: is it?\n" in shown.question and mllm_cl.asked(stage.test[0]) == "is it?"
+    rows = evaluation.evaluate(lambda samples: ["b it is"], stages["Sci"].test, "sci", 4)
+    assert rows[0]["score"] == 0  # AI2D: all of the answer
+
+
+def test_switching_experts_copies_no_weights(tiny):
+    model, _ = tiny
+    for name in ("expert-a", "expert-b"):
+        add_lora(model, name, 4, 8, 0.0, ["q", "v"])
+    places = {n: p.data_ptr() for n, p in model.named_parameters()}
+    for name in ("expert-a", "expert-b", "expert-a"):
+        mllm_cl.use(model, name)
+    assert places == {n: p.data_ptr() for n, p in model.named_parameters()}
