@@ -841,17 +841,8 @@ def memory_table(rank=16, targets=("q", "v", "projector"), text=64, question=24,
         "| total, batch 1 | batch 4 | batch 16 |",
         "|" + "---|" * 9,
     ]
-    clip = dict(model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096)
-    clip |= dict(num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
-    for name, width, inner, depth, heads in (
-        ("7B", 4096, 11008, 32, 32),
-        ("13B", 5120, 13824, 40, 40),
-    ):
-        llama = dict(model_type="llama", vocab_size=32064, hidden_size=width)
-        llama |= dict(intermediate_size=inner, num_hidden_layers=depth, num_attention_heads=heads)
-        with torch.device("meta"):
-            model = Llava(LlavaConfig(vision_config=clip, text_config=llama))
-        model = model.to(torch.bfloat16).requires_grad_(False).train()
+    for name, (width, _, depth, heads) in LLAVAS.items():
+        model = llava_on_meta(name)
         weights = 2 * parameter_report(model)["total"]
         adapter = add_lora(model, "new", rank, 2 * rank, 0.05, targets)
         adapters = 16 * sum(p.numel() for p in adapter)
@@ -882,17 +873,39 @@ def memory_table(rank=16, targets=("q", "v", "projector"), text=64, question=24,
     return "\n".join(lines)
 
 
+LLAVAS = {"7B": (4096, 11008, 32, 32), "13B": (5120, 13824, 40, 40)}  # width, inner, layers, heads
+
+
+def llava_on_meta(name):
+    """LLaVA-1.5 of this size without its weights: shapes and counts alone."""
+    clip = dict(model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096)
+    clip |= dict(num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
+    width, inner, depth, heads = LLAVAS[name]
+    llama = dict(model_type="llama", vocab_size=32064, hidden_size=width)
+    llama |= dict(intermediate_size=inner, num_hidden_layers=depth, num_attention_heads=heads)
+    with torch.device("meta"):
+        model = Llava(LlavaConfig(vision_config=clip, text_config=llama))
+    return model.to(torch.bfloat16).requires_grad_(False).train()
+
+
 # memory (GB) and dense bf16 TFLOP/s, from their data sheets
 GPUS = {"RTX 4090": (24, 165), "A100": (80, 312), "H100": (80, 989)}
 USED = 0.35  # of that: a guess, from what is common for training with checkpointing
 
 
-def hours_table(text=64, epochs=3, samples=537_503):
-    """Markdown table of the hours of LoRA training on one GPU: computed. Defaults: vqacl.
+# samples of one pass over all stages, as the papers count them; ucit's are rounded
+SAMPLES = {"vqacl": 537_503, "ucit": 214_000, "dcl": 236_200, "acl": 921_400}
+
+
+def hours_table(text=64):
+    """Markdown table of the hours of LoRA training on one GPU: computed.
 
     A frozen matrix costs 2 operations per weight and token forward and 2 backward (no gradient of
-    its own), and with checkpointing 2 more for the second forward.
+    its own), and with checkpointing 2 more for the second forward. Counted are the language model's
+    layers and their attention; logits are made for the answer's few tokens only.
     """
+    passes = {"100,000 samples": 1e5, "`vqacl`, 3 epochs": 3 * SAMPLES["vqacl"]}
+    passes |= {f"`{name}`, 1 epoch": SAMPLES[name] for name in ("ucit", "dcl", "acl")}
     lines = [
         f"Computed, not measured: hours of training at {100 * USED:.0f}% (a guess) of the card's",
         f"dense bf16 peak, 576 image tokens and {text} of text, checkpointing on. On top come the",
@@ -902,10 +915,11 @@ def hours_table(text=64, epochs=3, samples=537_503):
         "| | " + " | ".join(f"{name}, {size} GB" for name, (size, _) in GPUS.items()) + " |",
         "|---|" + "---|" * len(GPUS),
     ]
-    for name, width, inner, depth in (("7B", 4096, 11008, 32), ("13B", 5120, 13824, 40)):
-        weights, S = depth * (4 * width**2 + 3 * width * inner), 576 + text
+    for name, (width, _, depth, _) in LLAVAS.items():
+        layers = llava_on_meta(name).model.language_model.layers
+        weights, S = sum(p.numel() for p in layers.parameters()), 576 + text
         operations = 3 * S * (2 * weights + 4 * S * width * depth / 2)  # causal: half of S^2
-        for what, n in (("100,000 samples", 1e5), (f"vqacl, {epochs} epochs", epochs * samples)):
+        for what, n in passes.items():
             hours = [
                 f"{n * operations / (USED * peak * 1e12) / 3600:.1f}"
                 if 2 * weights < size * 1e9
