@@ -751,6 +751,13 @@ def figure_confusion(record, path):
     return evaluation.save_figure(figure, path / "confusion.png")
 
 
+def router_name(record):
+    """The router of a run, and whether it saw all images while it was trained."""
+    router = record["args"]["router"]
+    blind = router in ("mllm", "generate") and record["args"]["blind_shots"]
+    return f"{router}, half blind" if blind else router
+
+
 def figure_routers(runs, path):
     """Routing accuracy, MFN, and the seconds of training routers and of routing, of the runs."""
     figure, axes = evaluation.new_figure(1, 3, height=1.4 + 0.4 * len(runs))
@@ -777,10 +784,7 @@ def figure_shots(runs, path):
     lines = {}
     for record in runs.values():
         point = record["args"]["shots"], record["routing_accuracy"][-1]
-        router = record["args"]["router"]
-        if router in ("mllm", "generate") and not record["args"]["blind_shots"]:
-            router += ", all images"
-        lines.setdefault(router, []).append(point)
+        lines.setdefault(router_name(record), []).append(point)
     figure, axis = evaluation.new_figure()
     for k, (router, points) in enumerate(lines.items()):
         shots = sorted({x for x, _ in points})
@@ -822,9 +826,10 @@ def plot(folders, path=None):
             raise InputError(f"{folder}: these figures need finished runs of mllm_cl.py")
     if len(streams := sorted({record["stream"] for record in records})) > 1:
         raise InputError(f"--plot: runs of different streams ({', '.join(streams)}) in one figure")
-    flags = [{k: v for k, v in r["args"].items() if k != "experts"} for r in records]
+    named = "router blind_shots experts".split()
+    flags = [{k: v for k, v in r["args"].items() if k not in named} for r in records]
     keys = [key for key in flags[0] if len({str(own.get(key)) for own in flags}) > 1]
-    labels = [", ".join(f"{key} {r['args'].get(key)}" for key in keys) or r["args"]["router"]
+    labels = [", ".join([router_name(r), *(f"{key} {r['args'].get(key)}" for key in keys)])
               for r in records]  # fmt: skip
     runs, first = dict(zip(labels, records, strict=True)), records[0]
     if len(runs) < len(records):
