@@ -109,6 +109,14 @@ def test_no_method_is_sequential_lora_bit_for_bit(flags, tmp_path):
     plain = run_here("asr", [*flags, "--beta", "0", "--gamma", "0"], tmp_path / "asr")
     sequential = run_here("baselines", flags, tmp_path / "sequential")
     assert results(plain) == results(sequential)
+    more = {plain: ["--beta", "0", "--gamma", "0"], sequential: []}
+    for run, script in ((plain, "asr"), (sequential, "baselines")):  # stopped just before the end
+        before = evaluation.read_json(run / "summary.json")
+        (run / "summary.json").unlink()
+        run_here(script, [*flags, *more[run], "--resume"], run)
+        after = evaluation.read_json(run / "summary.json")
+        for key in {"matrix", "metrics", "stored_parameters", "drift"} & before.keys():
+            assert before[key] == after[key]
     asr.plot([plain, plain], tmp_path / "figures")  # two runs side by side
     with pytest.raises(data.InputError, match="holds no spectra"):
         asr.plot([sequential], tmp_path / "figures")
