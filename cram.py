@@ -872,7 +872,8 @@ def figure_groups(record, path):
         members = [place[k] for k in order if groups[k] == g]
         middle, color = np.mean(members), evaluation.COLORS[g % len(evaluation.COLORS)]
         axis.plot([0, 1], [(len(groups) - 1) / 2, middle], color=color)
-        axis.text(1, middle, f"group {g + 1} ", ha="right", va="bottom", fontsize=9)
+        axis.text(1, middle, f"group {g + 1} ", ha="right", va="center", fontsize=9,
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
         for y in members:
             axis.plot([1, 2], [middle, y], color=color)
     for k, y in place.items():

@@ -10,7 +10,7 @@ the right expert for a question whose task is not known. MR-LoRA asks the model:
 LoRA, trained on 20 kept samples of each task, reads the image, the question and a line about each
 expert, and says a letter. Then the expert of this letter answers.
 
-    Experts     one adapter per task                    train, section 7.4
+    Experts     one adapter per task                    train
     Router      prompt and letters                      router_question, letter_ids, letter_logits
     Answers     by expert, each one generated once      answer_all
     Metrics     MFT, MFN, MAA, BWT                      eval.metrics
@@ -260,8 +260,8 @@ def letter_ids(collator, sample, letters):
 
 
 def letter_said(text, letters):
-    """The letter that the router's text names, or None: as published, at most one character is
-    none of the letters, and of these the first in the alphabet counts."""
+    """The letter that the router's text names, or None. As published: a text with more than one
+    character that is no letter of an expert names none; else the first letter in the alphabet."""
     foreign = sum(character not in letters for character in text.strip())
     return next((k for k in sorted(letters) if k in text), None) if foreign <= 1 else None
 
@@ -303,7 +303,7 @@ def shots_of(stage, n, seed):
 
 def router_steps(n, epochs, size, seed, blind):
     """Steps over n kept samples, `epochs` passes in batches of `size`. blind: i + n stands for
-    sample i without its image; half of the samples are without in a pass, the others in the next.
+    sample i without its image: half of the samples lose it in one pass, the others in the next.
     """
     steps = []
     for epoch in range(epochs):

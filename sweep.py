@@ -23,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,7 +103,8 @@ SWEEPS = {
 
 CRAM, MR_LORA = "cram.py", "mllm_cl.py"
 SAME_EXPERTS = f"--experts {RUNS}/{MR_LORA}-{{stream}}-{{seed}}"  # of the row without flags
-SAME_LAYERS = "--targets q,k,v,o --rank 9 --alpha 18"  # as CRAM's experts
+SAME_LAYERS = "--targets q,k,v,o --rank 9 --alpha 18"  # as CRAM's experts (trigap's may have 10)
+BEST = {"ucit": "2e-3", "trigap": "1e-3"}  # of rate-cram, for {best} in a command
 SWEEPS |= {
     # what sequential LoRA ends best with on the streams of the other two methods
     "rate-cram": (
@@ -121,7 +123,7 @@ SWEEPS |= {
         range(5),
         {
             "one LoRA a task, task known": f"{CRAM} --buffer_share 0 --no-reuse --routing oracle",
-            "sequential": f"{SEQUENTIAL} {SAME_LAYERS} --lr 5e-4",
+            "sequential": f"{SEQUENTIAL} {SAME_LAYERS} --lr {{best}}",
             "CRAM": CRAM,
             "CRAM, the paper's constants": f"{CRAM} --paper_constants",
         },
@@ -266,17 +268,28 @@ def cells(name: str):
 def command_line(name: str, command: str, stream, seed) -> str:
     """A row's command for one stream and seed. The run folder is named by the command: two sweeps
     that ask for the same run share it."""
-    own = command.format(stream=stream, seed=seed, twice=TWICE.get(stream))
+    rates = {"twice": TWICE.get(stream), "best": BEST.get(stream)}
+    own = command.format(stream=stream, seed=seed, **rates)
     flags = own.split(" --experts runs")[0].replace("--", "")
     threads = "" if name == "default" else " --threads 1"  # that one is as a user starts it
     out = RUNS / f"{file_name(flags)}-{stream}-{seed}"
     return f"{own} --stream {stream} --seed {seed}{threads} --out {out}"
 
 
+ONE_AT_A_TIME = threading.RLock()  # several cells may wait for the same experts
+
+
 def run_cell(record: Path, line: str) -> str:
     """Run one cell unless its record exists; "" or one line that says what went wrong."""
     if record.exists():
         return ""
+    if needed := re.search(r"--experts (\S+)", line):  # a record may be there without its folder
+        own, experts = line[line.index("--stream") : line.index("--out")], Path(needed[1])
+        with ONE_AT_A_TIME:
+            if not (experts / "summary.json").exists():
+                again = run_cell(experts / "record.json", f"{MR_LORA} {own}--out {experts}")
+                if again:
+                    return again
     out = Path(shlex.split(line)[-1])
     resume = " --resume" if (out / "args.json").exists() else ""
     log = out.with_name(out.name + ".log")
@@ -333,7 +346,8 @@ def _settings(line: str) -> dict:
     with contextlib.redirect_stdout(io.StringIO()):  # what was chosen
         args = data.resolve_defaults(module.parse(flags))
         if check := getattr(module, "check_stream", None):
-            row, endless = data.STREAMS[args.stream], range(10**9)  # training samples
+            row = data.STREAMS.get(args.stream, data.Row([]))
+            endless = range(10**9)  # training samples
             stages = [types.SimpleNamespace(name=name, train=endless) for name in row.stages]
             check(args, types.SimpleNamespace(stages=stages, descriptions=row.descriptions))
     return vars(args)
@@ -364,7 +378,7 @@ def sweep_table(name: str, markdown: bool) -> str:
 def commands(name: str) -> str:
     """The command behind every row of a sweep, with STREAM and SEED to fill in, folded away."""
     streams, _, rows = SWEEPS[name]
-    by_stream = any("{twice}" in command for command in rows.values())
+    by_stream = re.search("{twice}|{best}", str(rows))
     lines = [
         f"# {label}\npython {command_line(name, command, stream, 'SEED')}"
         for stream in (streams if by_stream or len(streams) == 1 else ["STREAM"])
