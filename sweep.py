@@ -104,7 +104,9 @@ SWEEPS = {
 CRAM, MR_LORA = "cram.py", "mllm_cl.py"
 SAME_EXPERTS = f"--experts {RUNS}/{MR_LORA}-{{stream}}-{{seed}}"  # of the row without flags
 SAME_LAYERS = "--targets q,k,v,o --rank 9 --alpha 18"  # as CRAM's experts (trigap's may have 10)
-BEST = {"ucit": "2e-3", "trigap": "1e-3"}  # of rate-cram, for {best} in a command
+# where sequential LoRA ends best (rate, rate-cram, rate-mr-lora; coin: not searched), for {best}
+BEST = {"vqacl": "5e-4", "clt-vqa": "5e-4", "ucit": "2e-3", "trigap": "1e-3", "coin": "2e-3"}
+BEST |= {"dcl": "1e-3", "acl": "5e-4"}
 SWEEPS |= {
     # what sequential LoRA ends best with on the streams of the other two methods
     "rate-cram": (
@@ -146,9 +148,11 @@ SWEEPS |= {
         ["dcl", "acl"],
         range(5),
         {
-            "sequential": SEQUENTIAL,
+            "sequential": f"{SEQUENTIAL} --lr {{best}}",
+            "sequential, MR-LoRA's rate": SEQUENTIAL,
             "zero-shot": "baselines.py --method zeroshot",
-            "replay, 20 a task": "baselines.py --method replay",
+            "replay, 20 a task": "baselines.py --method replay --lr {best}",
+            "replay, MR-LoRA's rate": "baselines.py --method replay",
             "joint": "baselines.py --method joint",
             "MR-LoRA": MR_LORA,
             "MR-LoRA, all images": f"{MR_LORA} --no-blind_shots {SAME_EXPERTS}",
@@ -171,10 +175,13 @@ SWEEPS |= {
 
 
 # Everything on everything: at most 400 training samples and 60 test questions a stage, so that it
-# fits the machine; five seeds of the three methods, sequential and joint, three of the others.
+# fits the machine; five seeds of the three methods, sequential and joint, three of the others. What
+# trains adapters through all stages has the rate at which sequential LoRA ends best; joint training
+# and the two methods that train an expert a stage have the stream's.
 SMALL = "--limit 400 --limit_test 60"
 ALL = ["vqacl", "clt-vqa", "coin", "ucit", "dcl", "acl", "trigap"]
-METHODS = {"sequential": SEQUENTIAL, "ASR": ASR, "CRAM": CRAM, "MR-LoRA": MR_LORA}
+METHODS = {"sequential": f"{SEQUENTIAL} --lr {{best}}", "ASR": f"{ASR} --lr {{best}}"}
+METHODS |= {"CRAM": CRAM, "MR-LoRA": MR_LORA}
 METHODS["joint"] = "baselines.py --method joint"
 OTHERS = "zeroshot replay ewc lwf olora moelora hide".split()
 SWEEPS |= {
@@ -182,8 +189,8 @@ SWEEPS |= {
     "all-baselines": (
         ALL,
         range(3),
-        {"sequential": f"{SEQUENTIAL} {SMALL}"}
-        | {name: f"baselines.py --method {name} {SMALL}" for name in OTHERS},
+        {"sequential": f"{METHODS['sequential']} {SMALL}"}
+        | {name: f"baselines.py --method {name} --lr {{best}} {SMALL}" for name in OTHERS},
     ),
 }
 
