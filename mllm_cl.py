@@ -795,7 +795,7 @@ def figure_shots(runs, path):
     axis.set_ylabel("routed right after the last stage (%)")
     axis.set_title("How many samples does the router need?")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=9)
+    axis.legend(fontsize=9, loc="lower right")
     return evaluation.save_figure(figure, path / "shots.png")
 
 
