@@ -212,11 +212,15 @@ def test_experts_of_another_run_must_fit(mllm_run, flags, tmp_path):
     for name, lost in (("unfinished", "summary.json"), ("partial", "experts/two")):
         shutil.copytree(mllm_run, tmp_path / name)
         (tmp_path / name / lost).rename(tmp_path / f"lost-{name}")
+    shutil.copytree(mllm_run, tmp_path / "foreign")
+    summary = evaluation.read_json(mllm_run / "summary.json") | {"model_sha256": "of another"}
+    evaluation.write_json(tmp_path / "foreign" / "summary.json", summary)
     for more, sentence in (
         (["--lr", "0.123"], "--lr .* and now --lr is 0.123"),
         (["--experts", str(tmp_path)], "is no run folder"),
         (["--experts", str(tmp_path / "unfinished")], "is no finished run of mllm_cl.py"),
         (["--experts", str(tmp_path / "partial")], "experts/two is missing"),
+        (["--experts", str(tmp_path / "foreign")], "belong to another model"),
     ):
         with pytest.raises(data.InputError, match=sentence):
             run_here("mllm_cl", [*flags, "--experts", str(mllm_run), *more], tmp_path / "run")
