@@ -567,7 +567,7 @@ def beside_table(name: str, markdown: bool) -> str:
     for row, published, sweep, stream, label, numbers in rows:
         found = [numbers(record) for record in rows_of(sweep, stream)[label].values()]
         ours = " / ".join(map(evaluation.show, np.mean(found, 0))) if found else "missing"
-        ours += f" ({len(found)} seeds)" if found else ""
+        ours += f" ({len(found)} seed{'s' * (len(found) > 1)})" if found else ""
         lines.append([row, published, ours, "not run yet"])
     return evaluation.grid(lines, markdown)
 
