@@ -333,19 +333,20 @@ def records_of(name: str, stream: str) -> dict[str, dict]:
     return found
 
 
-# what an answer does not depend on
-SAME_NUMBERS = {"out", "experts", "resume", "eval_batch_size"}
+# what an answer does not depend on, and the seed, which is in the record's name
+SAME_NUMBERS = {"out", "experts", "resume", "eval_batch_size", "seed"}
 
 
 def outdated(args: dict, line: str) -> str:
     """Which settings of a record its command would not have today, as "lr 0.1, now 0.2"; or ""."""
-    now, before = _settings(re.sub(r" --experts runs/\S+", "", line)), []
+    now, before = _settings(re.sub(r" --(experts runs/|seed |out )\S+", "", line)), []
     for key in sorted(now.keys() & args.keys() - SAME_NUMBERS):
         if now[key] is not None and evaluation.jsonable(now[key]) != args[key]:
             before.append(f"{key} {args[key]}, now {now[key]}")
     return "; ".join(before)
 
 
+@functools.cache
 def _settings(line: str) -> dict:
     """All flags of a command line, with the defaults that its script fills in."""
     script, *flags = shlex.split(line)
