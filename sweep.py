@@ -218,12 +218,12 @@ def _last(record, key):
 
 
 def _kept(record):
-    """Training samples of earlier stages that a method goes back to."""
+    """Training samples of earlier stages that a method goes back to; nan: joint has them all."""
     args, T = record["args"], len(record["stages"])
     if record["script"] == "mllm_cl" and args["router"] != "oracle":
         return args["shots"] * T
     if args.get("method") == "joint":
-        return math.inf
+        return math.nan
     return args["buffer"] * (T - 1) if args.get("method") == "replay" else 0
 
 
@@ -597,7 +597,8 @@ def deviations(script: str) -> str:
     head = Path(f"{script}.py").read_text().split('"""')[1].split("Where we differ")[1]
     title, rest = head.split("\n", 1)
     items = re.sub(r"\n    +(?=\S)", " ", f"\n{rest.strip()}")  # a number, one line
-    return f"Where we differ{title}\n" + re.sub(r"\n *(?=\d+\. )", "\n", items)
+    items = re.sub(r"\n *(?=\d+\. )", "\n", items)
+    return f"Where we differ{title}\n" + re.sub(r"\n(?=.* go back with)", "\n\n", items)
 
 
 def pretrain_table(markdown: bool) -> str:

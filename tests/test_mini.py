@@ -108,7 +108,7 @@ def test_packed_questions_equal_single_prompts():
     assert torch.allclose(both, torch.cat([logits for logits, _ in alone]), atol=1e-5)
 
 
-def forms(answer, question):
+def forms(answer):
     """What kind of answer this is, as a reader would say it."""
     if isinstance(answer, float):
         return "box"
@@ -130,7 +130,7 @@ def test_stages_differ_in_picture_instruction_or_form_of_answer(stream, monkeypa
     for stage in data.load_stream(args).stages:
         assert len(stage.train) == 24 and len(stage.test) == 12
         boxes = stage.metric == "iou"
-        form = {forms(0.5 if boxes else s.answer, s.question) for s in stage.train}
+        form = {forms(0.5 if boxes else s.answer) for s in stage.train}
         assert form == {metrics.get(stage.metric)} or stage.metric not in metrics, stage.name
         instruction = stage.train[0].question.split("\n")[-1]
         if len({s.question.split("\n")[-1] for s in stage.train}) > 1:
