@@ -35,7 +35,7 @@ Where we differ from the paper (P) or its public code (C), and why:
  3. (C) The projector stays frozen: trained, it would change what older experts compute.
  4. (P, C) Novelty is measured against a random direction, threshold tau_orth sqrt(1 - m / D_in):
     against one older expert of rank 9 a random direction has novelty > 0.99 in all cases at width
-    4096 and in 1% at width 128.
+    4096 and in 2% at width 128.
  5. (P, C) sigma is a third of the median distance between the stages' centroids in the features in
     use; the published 2 fits CLIP's embeddings. (With the whole median, --sigma_share 1, an image
     that lies on its own centroid still gives an expert at median distance e^(-1/2) = 0.6 times the
@@ -44,14 +44,19 @@ Where we differ from the paper (P) or its public code (C), and why:
     that weight.) It is computed anew after every stage, from the centroids so far.
  6. (P, C) The default features are LLaVA's own: mean token embedding of the instruction less the
     mean of the table (all embeddings share a large part), mean tower feature of the image.
-    --routing_features NAME takes a CLIP model, as published.
- 7. (P, C) The buffer is trained for at least 16 steps: 5% of a short stage are one or two.
+    --routing_features NAME takes a CLIP model, as published. (Less the mean of the FIRST stage, its
+    prototype would be about zero, and a cosine with it noise.)
+ 7. (P, C) The buffer is trained for at least 16 steps: 5% of a short stage are one or two. The
+    expert that it becomes gets a fresh AdamW, but no second rise of the rate: a guess.
  8. (P, C) A stage decides on its group once, from the mean instruction of all of its samples, and
-    its centroid is their mean image: both are frozen features, known before the first step. The
-    code adds them up batch by batch.
+    its centroid is and stays their mean image: both are frozen features, known before the first
+    step. The code adds them up batch by batch, and trains the centroid with the expert.
  9. (C) L_orth uses the output space of every layer; the code takes the input space of square ones.
-    The hidden state in it is a constant: a guess, the paper leaves it open.
-10. (C) Pure text has no image to route by: its group's experts get equal weights.
+    The hidden state in it is a constant, so that only this layer's expert can lower its part; in
+    the code the gradient goes on to the layers before.
+10. (P, C) Pure text has no image to route by: in training its own expert has weight 1 (as in the
+    code), in tests its group's experts get equal weights, and a stage of nothing but text has no
+    centroid, so that images never go to its expert if another one of the group has any.
 11. (P, C) A stage joins the best of several groups only if its cosine is above `join`, as with one
     group. As published the lead alone decides: a stage that is like no group, but least unlike one
     of them, joins that one (captions joined option letters).
@@ -66,7 +71,6 @@ import os
 import random
 import textwrap
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -223,17 +227,18 @@ from model import (  # noqa: E402
 
 
 class RoutingFeatures:
-    """samples -> u [N, d] of their instructions and q [N, c] of their images, computed once.
+    """samples -> u [N, d] of their instructions and q [N, c] of their images.
 
     The model's own: u is the mean token embedding of the question, suffix and all, less the mean of
     the embedding table; q is the mean of the tower's features. clip: the folder or hub id of a CLIP
-    model, whose text and image embeddings (unit length) are taken. q is nan for pure text.
+    model, whose projected text and image embeddings are taken as they are (--sigma 2 is about their
+    lengths). q is nan for pure text. keep: remember them, for samples that come again.
     """
 
     def __init__(self, model, processor, cache, clip=None):
         self.cache, self.seen, self.clip = cache, {}, None
         self.table = model.get_input_embeddings().weight
-        self.width = model.model.multi_modal_projector.linear_1.in_features  # c
+        self.d, self.c = len(self.table[0]), model.model.multi_modal_projector.linear_1.in_features
         self.center = self.table.float().mean(0).cpu()
         self.tokenizer, self.device = processor.tokenizer, model.device
         if clip:
@@ -253,9 +258,14 @@ class RoutingFeatures:
             except Exception as error:  # no folder, no network, other shapes: many kinds
                 line = str(error).strip().split("\n")[0]
                 raise InputError(f"--routing_features {clip}: no CLIP model: {line}") from None
-            side, self.width = self.clip.config.vision_config.image_size, self.clip.projection_dim
+            side, self.d = self.clip.config.vision_config.image_size, self.clip.projection_dim
+            self.c = self.d
             # of a question that is too long the end stays: it says the form of the answer
-            self.clip_processor.tokenizer.truncation_side = "left"
+            tokenizer, text = self.clip_processor.tokenizer, self.clip.config.text_config
+            tokenizer.truncation_side = "left"
+            tokenizer.model_max_length = min(
+                tokenizer.model_max_length, text.max_position_embeddings
+            )
             if made != side:
                 raise InputError(
                     f"--routing_features {clip}: its processor makes images of {made} pixels, "
@@ -264,19 +274,19 @@ class RoutingFeatures:
             self.clip.requires_grad_(False).to(self.device).eval()
 
     @torch.no_grad()
-    def __call__(self, samples):
-        new = [sample for sample in samples if id(sample) not in self.seen]
+    def __call__(self, samples, keep=True):
+        seen = self.seen if keep else {}
+        new = [sample for sample in samples if id(sample) not in seen]
         for start in range(0, len(new), 64):
             part = new[start : start + 64]
             texts, pictured = self._texts(part), [s for s in part if s.image is not None]
             images = iter(self._images(pictured)) if pictured else iter(())
+            blank = torch.full((self.c,), math.nan)
             for sample, u in zip(part, texts, strict=True):
                 # the sample itself is kept: its id stays its own for as long as it lives
-                self.seen[id(sample)] = (u, next(images) if sample.image else None, sample)
-        rows = [self.seen[id(sample)] for sample in samples]
-        blank = torch.full((self.width,), math.nan)
-        images = [blank if q is None else q for _, q, _ in rows]
-        return torch.stack([u for u, _, _ in rows]), torch.stack(images)
+                seen[id(sample)] = u, next(images) if sample.image else blank, sample
+        u, q, _ = zip(*(seen[id(sample)] for sample in samples), strict=True)
+        return torch.stack(u), torch.stack(q)
 
     def _texts(self, samples):
         questions = [sample.question for sample in samples]
@@ -284,7 +294,7 @@ class RoutingFeatures:
             batch = self.clip_processor(
                 text=questions, return_tensors="pt", padding=True, truncation=True
             )
-            return F.normalize(_embedding(self.clip.get_text_features(**batch.to(self.device))))
+            return _embedding(self.clip.get_text_features(**batch.to(self.device)))
         ids = self.tokenizer(questions, add_special_tokens=False)["input_ids"]
         rows = [self.table[torch.tensor(row, device=self.table.device)] for row in ids]
         return torch.stack([row.float().mean(0).cpu() for row in rows]) - self.center
@@ -293,7 +303,7 @@ class RoutingFeatures:
         if self.clip:
             pictures = [load_image(sample.image) for sample in samples]
             batch = self.clip_processor(images=pictures, return_tensors="pt").to(self.device)
-            return F.normalize(_embedding(self.clip.get_image_features(**batch)))
+            return _embedding(self.clip.get_image_features(**batch))
         return image_features(self.cache, samples).float().mean(1).cpu()
 
 
@@ -332,15 +342,17 @@ def route(q, group, centroids, groups, sigma):
     """Level 2: pi [N, E] = softmax_k(-|q - c_k|^2 / (2 sigma^2)) over the experts of a group.
 
     q [N, c], group [N] of the samples, centroids [E, c], groups [E] of the experts. A q of nan
-    (pure text) weighs the group's experts evenly.
+    (pure text) weighs the group's experts evenly; a centroid of nan is farther than any other.
     """
     distance = ((q[:, None] - centroids) ** 2).sum(-1)  # [N, E]
-    logits = torch.nan_to_num(-distance / (2 * sigma**2))
+    logits = torch.nan_to_num(-distance / (2 * sigma**2), nan=-1e30)
     return logits.masked_fill(groups[None] != group[:, None], -math.inf).softmax(1)
 
 
 def sigma_of(args, centroids):
-    """--sigma, or its share of the median distance between centroids [E, c]; 1 if there is one."""
+    """--sigma, or its share of the median distance between centroids [E, c] (those of stages with
+    images); 1 if there is one."""
+    centroids = centroids[~centroids.isnan().any(1)]
     if args.sigma or len(centroids) < 2:
         return args.sigma or 1.0
     return float(torch.pdist(centroids).median()) * args.sigma_share
@@ -371,7 +383,7 @@ class ExpertLinear(nn.Module):
     def __init__(self, base, routing, scale, dropout):
         super().__init__()
         self.base, self.scale, self.dropout = base, scale, dropout
-        self.routing = [routing]  # in a list: it is shared and no part of this module
+        self.routing = routing  # shared by all layers
         device = base.weight.device
         self.register_buffer("A", torch.zeros(0, base.in_features, device=device))
         self.register_buffer("B", torch.zeros(base.out_features, 0, device=device))
@@ -380,7 +392,7 @@ class ExpertLinear(nn.Module):
         self.old_outputs = None  # orthonormal basis [D_out, m] of the group's older B
 
     def forward(self, x):
-        y, routing = self.base(x), self.routing[0]
+        y, routing = self.base(x), self.routing
         if routing.weights is None and not routing.buffer:
             return y
         z = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
@@ -400,11 +412,11 @@ class ExpertLinear(nn.Module):
     def leak(self, x):
         """This layer's part of L_orth: mean_b gamma_b |Q^T z_b|^2, z_b the new expert's output for
         the mean hidden state of the image tokens, Q the outputs of the group's older experts."""
-        mask = self.routing[0].image_mask.to(self.A.dtype)  # [B, S]
+        mask = self.routing.image_mask.to(self.A.dtype)  # [B, S]
         mean = torch.einsum("bs,bsd->bd", mask, x.to(self.A.dtype))
         mean = mean / mask.sum(1, keepdim=True).clamp(min=1)
         z = F.linear(F.linear(mean, self.new_A) * self.scale, self.new_B)  # [B, D_out]
-        return (self.routing[0].gamma * (z @ self.old_outputs).square().sum(1)).mean()
+        return (self.routing.gamma * (z @ self.old_outputs).square().sum(1)).mean()
 
     def train_pair(self, A, B):
         """Make A [r, D_in], B [D_out, r] the pair in training; returns it."""
@@ -472,7 +484,7 @@ def adaptive_expert(A, B, scale, Q=None, r_min=4, r_max=9, tau_alloc=0.08, tau_o
     outside = Vh if Q is None else Vh - (Vh @ Q) @ Q.T
     length = outside.norm(dim=1)
     if fixed:
-        chosen = torch.arange(r_max)
+        chosen = torch.arange(min(r_max, len(S)))
     else:
         random = math.sqrt(1 - Q.shape[1] / len(Q)) if Q is not None and relative else 1.0
         novel = length > tau_orth * random if Q is not None else torch.ones_like(S).bool()
@@ -492,8 +504,8 @@ def adaptive_expert(A, B, scale, Q=None, r_min=4, r_max=9, tau_alloc=0.08, tau_o
 
 
 def orthogonality_loss(routing, layers):
-    """Mean over all adapted layers of the leaks that the last forward pass has left; then none."""
-    leaks, routing.leaks = list(routing.leaks.values()), {}
+    """Mean over all adapted layers of the leaks that the last forward pass has left."""
+    leaks = list(routing.leaks.values())
     return torch.stack(leaks).sum() / len(layers) if leaks else torch.zeros(())
 
 
@@ -516,13 +528,13 @@ def backward(model, batch, features, share, routing, layers, lambda_orth):
 
     share: what part of the step's answer tokens, and of its samples, this micro-batch holds.
     """
-    routing.leaks, penalize = {}, lambda_orth > 0 and routing.weights is not None
+    penalize = lambda_orth > 0 and routing.weights is not None
     routing.image_mask = batch["image_mask"] if penalize else None
     task = forward(model, batch, features).loss * share[0]
     orthogonality = orthogonality_loss(routing, layers).to(task.device) * share[1]
     loss = task + lambda_orth * orthogonality
     loss.backward()
-    routing.image_mask = None
+    routing.image_mask, routing.leaks = None, {}
     values = {"loss": loss, "task": task, "orthogonality": orthogonality}
     return {name: value.item() for name, value in values.items()}
 
@@ -535,26 +547,29 @@ def backward(model, batch, features, share, routing, layers, lambda_orth):
 def weights_for(u, q, memory, args, own=None):
     """Group [N] and pi [N, E] of samples with features u [N, d], q [N, c].
 
-    own: in training the number of the stage's expert, whose group is known then.
+    own: in training the number of the stage's expert, which is known then, and so its group.
     """
     centroids, groups = memory["centroid"], memory["group"]
     if own is None:
         group = group_of(u, memory["prototype"] / memory["count"][:, None])
     else:
         group = groups[own].expand(len(u))
+    text = q.isnan().all(1)
     if args.routing == "uniform":
         q = torch.full_like(q, math.nan)
     pi = route(q, group, centroids, groups, sigma_of(args, centroids))
+    if own is not None and args.routing != "uniform":
+        pi[text] = F.one_hot(torch.tensor(own), len(groups)).float()
     if not args.reuse:  # one expert alone: in training its own, in tests the most likely
         best = pi.argmax(1) if own is None else torch.full((len(u),), own)
         pi = F.one_hot(best, len(groups)).float()
     return group, pi
 
 
-def evaluate_stage(model, processor, cache, collator, stage, i, args, title, features_of, memory):
+def evaluate_stage(model, processor, cache, collator, stage, i, args, title, features_of, memory,
+                   routing):  # fmt: skip
     """Rows of eval.evaluate and, in their order, {group [N], weights [N, E]}. i: its number."""
     place, found = {id(sample): k for k, sample in enumerate(stage.test)}, {}
-    routing = memory["routing"]
 
     def answer(samples):
         group, pi = weights_for(*features_of(samples), memory, args)
@@ -618,24 +633,24 @@ def main(args, stream, run):
     print(f"{args.epochs} epochs in steps of {args.batch_size} samples, micro-batches of {micro}")
 
     # ---- 7.3 Memory and records, from the checkpoint if there is one ----------------------------
-    memory = {"routing": routing, "group": torch.zeros(0, dtype=torch.long)}
-    memory |= {"centroid": None, "prototype": None, "count": torch.zeros(0)}
+    memory = {"group": torch.zeros(0, dtype=torch.long), "centroid": torch.zeros(0, features_of.c)}
+    memory |= {"prototype": torch.zeros(0, features_of.d), "count": torch.zeros(0)}
     matrix, novel, routes = np.full((T, T), np.nan), np.full((T, T), np.nan), {}
-    stored, energy = [], []  # parameters after each stage; energy of its expert in the older ones
-    trained, shared, sigmas = [], [], []  # parameters trained in it; mean gamma; sigma
+    log = "stored_parameters trained_parameters energy old_experts_weight sigma".split()
+    log = {name: [] for name in log}  # a number for every stage
     first, step, unfinished = 0, 0, None  # stage to begin with, steps so far, a stage half done
     if args.resume and (state := load_checkpoint(run)):
         torch.set_num_threads(state["threads"])  # another number would round differently
         set_random_state(state["random"])
         first, step, unfinished = state["stage"], state["step"], state["unfinished"]
         matrix, novel, seconds = state["matrix"].numpy(), state["novel"].numpy(), state["seconds"]
-        stored, energy, trained = state["stored"], state["energy"], state["trained"]
-        shared, sigmas = state["shared"], state["sigmas"]
-        memory |= state["memory"]
+        memory, log = state["memory"], state["log"]
         for path, layer in layers.items():
             for name, value in state["experts"][path].items():
                 setattr(layer, name, value.to(model.device))
         if first:
+            if not (run / "routing.npz").exists():
+                raise InputError(f"--resume: {run / 'routing.npz'} is missing; copy it back")
             saved = np.load(run / "routing.npz")  # keys "t-i-name"; a kill may have left more
             routes = {key: saved[key] for key in saved if int(key.split("-")[0]) <= first}
         print(f"resumed after {first} stages and {step} steps")
@@ -644,9 +659,7 @@ def main(args, stream, run):
     def checkpoint(done, unfinished=None):
         kept = {path: dict(layer.named_buffers(recurse=False)) for path, layer in layers.items()}
         state = {"stage": done, "unfinished": unfinished, "step": step, "random": random_state()}
-        state |= {"experts": kept, "stored": stored, "energy": energy, "trained": trained}
-        state |= {"shared": shared, "sigmas": sigmas}
-        state |= {"memory": {k: v for k, v in memory.items() if k != "routing"}}
+        state |= {"experts": kept, "memory": memory, "log": log}
         state |= {"matrix": torch.tensor(matrix), "novel": torch.tensor(novel)}
         save_checkpoint(run, state | {"seconds": seconds, "threads": torch.get_num_threads()})
 
@@ -654,25 +667,21 @@ def main(args, stream, run):
     lap("start")
     for t in range(first, T):
         stage, train = stages[t], stages[t].train
-        u, q = features_of(train)
+        u, q = features_of(train, keep=False)
         lap("features")
 
         # level 1 and the centroid; a stage that was interrupted has them already
         if not unfinished:
-            center = torch.nan_to_num(q.nanmean(0))
-            old = memory["prototype"]
-            means = u.new_zeros(0, u.shape[1]) if old is None else old / memory["count"][:, None]
+            means = memory["prototype"] / memory["count"][:, None]
             limit = args.max_groups if args.grouping else 1
             g = choose_group(u.mean(0), means, args.theta, args.join, limit, args.paper_constants)
             if g == len(means):  # a new group
-                blank = torch.zeros(1, u.shape[1])
-                memory["prototype"] = blank if old is None else torch.cat([old, blank])
+                memory["prototype"] = torch.cat([memory["prototype"], u.new_zeros(1, u.shape[1])])
                 memory["count"] = torch.cat([memory["count"], torch.zeros(1)])
             memory["prototype"][g] += u.sum(0)
             memory["count"][g] += len(u)
             memory["group"] = torch.cat([memory["group"], torch.tensor([g])])
-            centers = [] if memory["centroid"] is None else [memory["centroid"]]
-            memory["centroid"] = torch.cat([*centers, center[None]])
+            memory["centroid"] = torch.cat([memory["centroid"], q.nanmean(0, keepdim=True)])
         g = int(memory["group"][t])
         older = [k for k in range(t) if memory["group"][k] == g] if args.reuse else []
         print(f"{stage.name}: group {g + 1} with expert {t + 1}, older experts there: {len(older)}")
@@ -721,7 +730,7 @@ def main(args, stream, run):
                     )  # fmt: skip
                     pairs.append(layer.train_pair(A, B))
                 parameters = [p for pair in pairs for p in pair]
-                # a guess: no second rise of the rate, as the expert begins with trained directions
+                # no second rise of the rate, as the expert begins with trained directions
                 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01)
             routing.buffer = k < warm
             lr = args.lr * schedule(k, len(steps), args.warm_up)
@@ -763,28 +772,27 @@ def main(args, stream, run):
         model.eval()
         routing.buffer, routing.weights = False, None
         inside = [shared_energy(v, v.old_outputs) for v in layers.values() if older]
-        energy.append(float(np.mean(inside)) if inside else math.nan)
-        trained.append(sum(p.numel() for p in parameters))
-        shared.append(float(gamma.mean()))
-        sigmas.append(sigma_of(args, memory["centroid"]))
+        log["energy"].append(float(np.mean(inside)) if inside else math.nan)
+        log["trained_parameters"].append(sum(p.numel() for p in parameters))
+        log["old_experts_weight"].append(float(gamma.mean()))
+        log["sigma"].append(sigma_of(args, memory["centroid"]))
         for layer in layers.values():
             layer.keep(t)
         experts = sum(layer.A.numel() + layer.B.numel() for layer in layers.values())
-        stored.append(experts + memory["centroid"].numel() + memory["prototype"].numel())
+        stored = experts + memory["centroid"].numel() + memory["prototype"].numel()
+        log["stored_parameters"].append(stored)
         ranks = ranks_of(layers, t + 1)
-        print(f"expert {t + 1}: mean rank {ranks[t].float().mean():.1f}, {stored[-1]:,} stored")
+        print(f"expert {t + 1}: mean rank {ranks[t].float().mean():.1f}, {stored:,} stored")
 
         # test on all stages seen so far; with --hold_out also on the object group that was left out
         for tests, scores, kind in ((stages, matrix, ""), (stream.novel or [], novel, "novel-")):
             for i, test in enumerate(tests[: t + 1]):
                 title = f"test {kind}{test.name}"
-                rows, seen = evaluate_stage(
-                    model, processor, cache, collator, test, i, args, title, features_of, memory
-                )
+                rows, seen = evaluate_stage(model, processor, cache, collator, test, i, args, title,
+                                            features_of, memory, routing)  # fmt: skip
                 scores[t, i] = evaluation.accuracy(rows, test.metric)
                 evaluation.write_predictions(run, t, f"{kind}{i + 1}" if kind else i, rows)
-                if not kind:
-                    routes |= {f"{t + 1}-{i + 1}-{name}": x for name, x in seen.items()}
+                routes |= {f"{t + 1}-{kind}{i + 1}-{name}": x for name, x in seen.items()}
         routes[f"{t + 1}-0-ranks"], routes[f"{t + 1}-0-groups"] = ranks.numpy(), memory["group"]
         if not me:
             np.savez(run / "routing.part.npz", **routes)
@@ -802,20 +810,22 @@ def main(args, stream, run):
     right = routing_accuracy(routes, T)
     print(f"right group {right['group']:.1f}%, right expert {right['expert']:.1f}% of all tests")
     buffer = per_rank * args.buffer_rank if args.buffer_share else 0
-    summary = {"peak_memory_mb": peak_memory(), "trainable_parameters": max(buffer, *trained)}
-    summary |= {"trained_parameters": trained, "old_experts_weight": shared, "sigma": sigmas}
-    instructions = [stage.train[0].question.split("\n")[-1] for stage in stages]
-    summary |= {"instructions": instructions}
-    summary |= {"tower_runs": cache.tower_runs, "stored_parameters": stored, "energy": energy}
-    summary |= {"groups": memory["group"].tolist(), "per_rank": per_rank}
-    summary |= {"ranks": ranks_of(layers, T).tolist()}
-    summary |= {"routing_accuracy": right, "layers": list(layers)}
+    summary = log | {
+        "peak_memory_mb": peak_memory(),
+        "trainable_parameters": max(buffer, *log["trained_parameters"]),
+        "tower_runs": cache.tower_runs,
+        "instructions": [stage.train[0].question.split("\n")[-1] for stage in stages],
+        "groups": memory["group"].tolist(),
+        "ranks": ranks_of(layers, T).tolist(),
+        "layers": list(layers),
+        "per_rank": per_rank,
+        "routing_accuracy": right,
+    }
     if stream.novel:
         print("object group left out of training:\n" + evaluation.table(novel, names) + "\n")
         summary["novel"] = {"matrix": novel, "metrics": evaluation.metrics(novel)}
     kept = {path: dict(layer.named_buffers(recurse=False)) for path, layer in layers.items()}
-    torch.save({"experts": kept, "memory": {k: v for k, v in memory.items() if k != "routing"}},
-               run / "experts.pt")  # fmt: skip
+    torch.save({"experts": kept, "memory": memory}, run / "experts.pt")
     lap("end")
     summary |= {"seconds": sum(seconds.values()), "seconds_by_part": seconds}
     evaluation.finish_run(run, summary)
@@ -826,15 +836,14 @@ def main(args, stream, run):
 
 def routing_accuracy(routes, T):
     """After the last stage: share (%) of test samples in the right group, and whose largest weight
-    is that of their own stage's expert. nan where weights are even: there is no largest."""
+    is that of their own stage's expert (1/n where n weights are largest)."""
     groups, right = np.asarray(routes[f"{T}-0-groups"]), {"group": [], "expert": []}
     for i in range(T):
         right["group"] += (routes[f"{T}-{i + 1}-group"] == groups[i]).tolist()
         weights = np.asarray(routes[f"{T}-{i + 1}-weights"])
         top = weights == weights.max(1, keepdims=True)
-        right["expert"] += np.where(top.sum(1) == 1, top[:, i], math.nan).tolist()
-    with warnings.catch_warnings(action="ignore"):  # nan alone has no mean
-        return {name: 100 * float(np.nanmean(values)) for name, values in right.items()}
+        right["expert"] += (top[:, i] / top.sum(1)).tolist()
+    return {name: 100 * float(np.mean(values)) for name, values in right.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -856,8 +865,8 @@ def figure_routing(record, routes, path):
     axis.set_xticks(range(T), labels, rotation=45, ha="right", fontsize=8)
     axis.set_xlabel("expert of")
     axis.set_ylabel("test samples of")
-    right = {k: "-" if v is None else f"{v:.0f}%" for k, v in record["routing_accuracy"].items()}
-    axis.set_title(f"Routing: right group {right['group']}, right expert {right['expert']}")
+    right = record["routing_accuracy"]
+    axis.set_title(f"Right group {right['group']:.0f}%, right expert {right['expert']:.0f}%")
     figure.colorbar(image, ax=axis, label="weight of the expert")
     return evaluation.save_figure(figure, path / "routing.png")
 

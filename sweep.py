@@ -104,7 +104,8 @@ SWEEPS = {
 CRAM, MR_LORA = "cram.py", "mllm_cl.py"
 SAME_EXPERTS = f"--experts {RUNS}/{MR_LORA}-{{stream}}-{{seed}}"  # of the row without flags
 SAME_LAYERS = "--targets q,k,v,o --rank 9 --alpha 18"  # as CRAM's experts (trigap's may have 10)
-# where sequential LoRA ends best (rate, rate-cram, rate-mr-lora; coin: not searched), for {best}
+# Where sequential LoRA ends best, for {best}: the sweeps rate (vqacl), rate-mr-lora (dcl, acl) and
+# rate-cram (ucit, trigap, on CRAM's layers). clt-vqa has vqacl's; on coin none was searched.
 BEST = {"vqacl": "5e-4", "clt-vqa": "5e-4", "ucit": "2e-3", "trigap": "1e-3", "coin": "2e-3"}
 BEST |= {"dcl": "1e-3", "acl": "5e-4"}
 SWEEPS |= {
@@ -399,6 +400,8 @@ def commands(name: str) -> str:
         for label, command in rows.items()
     ]
     head = "<details><summary>the command behind each row, for one seed</summary>"
+    if "--experts" in str(rows):
+        head += "\n\nRows with `--experts` need the run that made those, the one without it, first."
     return "\n".join([head, "", "```bash", *lines, "```", "", "</details>"])
 
 
@@ -446,16 +449,13 @@ def regime_table(markdown: bool) -> str:
 
 
 def default_table(markdown: bool) -> str:
-    """The accuracy matrix, the metrics and the cost of the first run of the sweep "default", and
-    the metrics of sequential LoRA beside them."""
+    """The metrics and the cost of the first run of the sweep "default", beside sequential LoRA."""
     found = {record["label"]: record for record in records_of("default", "vqacl").values()}
     if not found:
         return "missing: no record yet"
     record, names = found["asr"], {"asr": "this run", "sequential": "sequential LoRA"}
-    table = evaluation.table(record["matrix"], record["stages"], markdown).split("\n\n")[0]
-    table += "\n\n" + evaluation.compare(
-        {names[label]: found[label] for label in names if label in found}, markdown
-    )
+    runs = {names[label]: found[label] for label in names if label in found}
+    table = evaluation.compare(runs, markdown)
     cost = (f"{record['seconds']:.0f} seconds on {record['threads']} threads, "
             f"{record['peak_memory_mb']:.0f} MB, "
             f"{record['trainable_parameters']:,} trained parameters")  # fmt: skip
@@ -473,8 +473,7 @@ def rows_of(name: str, stream: str) -> dict[str, dict[int, dict]]:
 
 def _over_seeds(rows, label, value) -> str:
     """Mean of a number over the seeds of a row."""
-    numbers = [value(record) for record in rows[label].values()]
-    return evaluation.show(np.mean(numbers)) if numbers else "missing"
+    return _mean([value(record) for record in rows[label].values()])
 
 
 def _apart(rows, label, other, key="AP") -> str:
@@ -496,9 +495,15 @@ def _share_of_forgetting(rows) -> str:
 
 ONE, ORACLE = "one LoRA a task, task known", "MR-LoRA, oracle"
 GOALS = {  # table -> (sweep, [(what, wanted, function of rows_of)])
+    "asr-goals": ("report", [
+        (f"{what} - {what} of sequential LoRA", wanted,
+         lambda r, what=what: _apart(r, "both, parser", "sequential", what))
+        for what, wanted in (("AP", "above 0"), ("AF", "below 0"))
+    ]),
     "cram-goals": ("cram", [
         ("forgotten (AF), of what sequential LoRA forgets", "below 25%", _share_of_forgetting),
-        ("AP - AP of one LoRA a task, task known", "-3 or more", lambda r: _apart(r, "CRAM", ONE)),
+        ("AP - AP of one LoRA a task, task known", "-3.0 or more", lambda r: _apart(
+            r, "CRAM", ONE)),
         ("stored, of one LoRA a task (%)", "80 or less", lambda r: _over_seeds(
             r, "CRAM", EXTRA["cram"]["of one LoRA a task (%)"])),
     ]),
@@ -541,9 +546,14 @@ BESIDE = {
         ("VQACL: sequential", "40.2 / 19.5", "report", "vqacl", "sequential", AP_AF),
         ("VQACL: ASR", "48.6 / 5.1", "report", "vqacl", "both, parser", AP_AF),
         ("VQACL: joint", "52.4 / 0", "regime", "vqacl", "joint", AP_AF),
-        ("CLT-VQA: sequential", "36.8 / 22.5", "regime", "clt-vqa", "sequential", AP_AF),
-        ("CLT-VQA: ASR", "46.2 / 5.5", "all", "clt-vqa", "ASR", AP_AF),
-        ("CLT-VQA: joint", "49.8 / 0", "regime", "clt-vqa", "joint", AP_AF),
+        *((f"CLT-VQA: {label}", paper, "all", "clt-vqa", label, AP_AF) for label, paper in
+          (("sequential", "36.8 / 22.5"), ("ASR", "46.2 / 5.5"), ("joint", "49.8 / 0"))),
+    ]),
+    "beside-asr-last": ("Last / Avg", [
+        (f"{stream}: {label}", paper, "all", stream.lower(), label, _scores("AP", "Avg"))
+        for stream, papers in (("CoIN", ("49.3 / 47.2", "61.4 / 60.0", "64.5 / 63.1")),
+                               ("UCIT", ("41.5 / 39.8", "53.1 / 51.5", "56.2 / 54.8")))
+        for label, paper in zip(("sequential", "ASR", "joint"), papers, strict=True)
     ]),
     "beside-cram": ("score of a task after the last stage", [
         *((f"UCIT: {task}", paper, "cram", "ucit", "CRAM", _task(i)) for i, (task, paper)
@@ -563,6 +573,19 @@ BESIDE = {
          "replay, 20 a task", MCL),
         ("ACL: MR-LoRA", "41.89 / 41.88 / 38.86 / -0.02", "mr-lora", "acl", "MR-LoRA", MCL),
     ]),
+    "beside-mr-lora-tasks": ("score of every task after the last stage", [
+        (f"{stream.upper()} ({', '.join(data.STREAMS[stream].stages)}): {name}", paper,
+         "mr-lora", stream, label, lambda record: record["matrix"][-1])
+        for stream, rows in (
+            ("dcl", (("zero-shot", "32.29 / 28.28 / 15.59 / 35.55 / 62.56"),
+                     ("sequential", "69.65 / 41.59 / 25.43 / 40.88 / 87.45"),
+                     ("MR-LoRA", "80.87 / 65.32 / 54.12 / 56.71 / 91.12"),
+                     ("MR-LoRA, oracle", "-"))),
+            ("acl", (("zero-shot", "31.20 / 30.20 / 60.79 / 10.00"),
+                     ("sequential", "23.60 / 33.70 / 55.84 / 32.50"),
+                     ("MR-LoRA", "33.70 / 36.20 / 65.10 / 32.50"), ("MR-LoRA, oracle", "-"))))
+        for label, paper in rows for name in (label.replace("MR-LoRA, oracle", "task known"),)
+    ]),
 }  # fmt: skip
 
 
@@ -574,9 +597,37 @@ def beside_table(name: str, markdown: bool) -> str:
     for row, published, sweep, stream, label, numbers in rows:
         found = [numbers(record) for record in rows_of(sweep, stream)[label].values()]
         ours = " / ".join(map(evaluation.show, np.mean(found, 0))) if found else "missing"
-        ours += f" ({len(found)} seed{'s' * (len(found) > 1)})" if found else ""
+        seeds = ", ".join(str(seed) for seed in sorted(rows_of(sweep, stream)[label]))
+        ours += f" (seed{'s' * (len(found) > 1)} {seeds})" if found else ""
         lines.append([row, published, ours, "not run yet"])
     return evaluation.grid(lines, markdown)
+
+
+def choice_table(markdown: bool) -> str:
+    """Which method? AP of every method on every stream of the sweep "all", means over the seeds;
+    then what it forgets, stores, keeps and takes, means over the streams."""
+    found = {stream: rows_of("all-baselines", stream) | rows_of("all", stream) for stream in ALL}
+    seconds = {s: np.mean([r["seconds"] for r in rows["sequential"].values()] or [math.nan])
+               for s, rows in found.items()}  # fmt: skip
+    columns = {
+        "mean AP": lambda r: r["metrics"]["AP"],
+        "AF": lambda r: _number(r["metrics"]["AF"]),
+        **{head: EXTRA["all"][head] for head in ("stored (1000)", "samples kept")},
+        "time (sequential: 1)": lambda r: r["seconds"] / seconds[r["stream"]],
+    }
+    lines = [["AP", *ALL, *columns]]
+    for label in ("sequential", *OTHERS, "ASR", "CRAM", "MR-LoRA", "joint"):
+        runs = [list(found[stream][label].values()) for stream in ALL]
+        line = [_mean([r["metrics"]["AP"] for r in some]) for some in runs]
+        for value in columns.values():  # of a stream, then of all streams: none counts more
+            means = [np.mean([value(r) for r in some]) for some in runs if some]
+            line.append(_mean(means) if all(runs) else "missing")
+        lines.append([label, *line])
+    return evaluation.grid(lines, markdown)
+
+
+def _mean(numbers) -> str:
+    return evaluation.show(np.mean(numbers)) if len(numbers) else "missing"
 
 
 def drift_table(markdown: bool) -> str:
@@ -637,7 +688,7 @@ def block(name: str, markdown: bool = True) -> str:
     return special[name](markdown) if name in special else sweep_table(name, markdown)
 
 
-OTHER_TABLES = {"drift": drift_table, "pretrain": pretrain_table}
+OTHER_TABLES = {"drift": drift_table, "choice": choice_table, "pretrain": pretrain_table}
 for _function, _names in ((goals_table, GOALS), (beside_table, BESIDE), (bench_table, BENCHES)):
     OTHER_TABLES |= {_name: functools.partial(_function, _name) for _name in _names}
 

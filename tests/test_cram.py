@@ -35,7 +35,7 @@ def random_experts(model, T=3, rank=3, seed=0):
             A = torch.randn(rank + k, layer.base.in_features, generator=generator)
             B = torch.randn(layer.base.out_features, rank + k, generator=generator)
             layer.keep(k, 0.1 * A, 0.1 * B)
-    memory = {"routing": routing, "group": torch.tensor([0, 0, 1][:T]), "count": torch.ones(2)}
+    memory = {"group": torch.tensor([0, 0, 1][:T]), "count": torch.ones(2)}
     return layers, routing, memory
 
 
@@ -69,25 +69,49 @@ def test_an_answer_does_not_depend_on_its_batch(tiny, samples):
 
 
 def test_all_experts_at_once_are_the_sum_over_experts(tiny):
+    """Two frozen experts and the one in training; the latter's gradient is that of the sum."""
     model, _ = tiny
-    layers, routing, _ = random_experts(model)
+    layers, routing, _ = random_experts(model, T=2)
     layer = next(iter(layers.values()))
     x, pi = torch.randn(2, 5, layer.base.in_features), torch.rand(2, 3)
+    layer.train_pair(
+        0.1 * torch.randn(5, layer.base.in_features), 0.1 * torch.randn(len(layer.B), 5)
+    )
     routing.weights = pi
     wanted = layer.base(x)
-    for k in range(3):
-        own = layer.owner == k
-        wanted = wanted + 2.0 * pi[:, k, None, None] * (x @ layer.A[own].T @ layer.B[:, own].T)
+    pairs = [(layer.A[layer.owner == k], layer.B[:, layer.owner == k]) for k in range(2)]
+    for k, (A, B) in enumerate([*pairs, (layer.new_A, layer.new_B)]):
+        wanted = wanted + 2.0 * pi[:, k, None, None] * (x @ A.T @ B.T)
     assert torch.allclose(layer(x), wanted, atol=1e-5)
+    for p in (layer.new_A, layer.new_B):
+        (a,), (b,) = (
+            torch.autograd.grad(y.square().sum(), p, retain_graph=True) for y in (layer(x), wanted)
+        )
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    layer.new_A = layer.new_B = None
     routing.weights = None
     assert torch.equal(layer(x), layer.base(x))
 
 
-def test_the_whole_buffer_becomes_an_expert_of_the_same_function():
-    A, B = torch.randn(12, 40), torch.randn(30, 12)
-    new_A, new_B, chosen = cram.adaptive_expert(A, B, 2.0, r_max=12, tau_alloc=0.0)
-    assert len(chosen) == 12 and torch.allclose(new_B @ new_A, B @ A, atol=1e-4)
-    assert torch.allclose(new_A.norm(dim=1), new_B.norm(dim=0), atol=1e-4)  # sqrt(S) each
+def test_the_whole_buffer_becomes_an_expert_of_the_same_function(tiny):
+    """Alone in its group, with every direction kept: the layer computes what it did before."""
+    layers, routing, _ = random_experts(tiny[0], T=0)
+    layer = next(iter(layers.values()))
+    x = torch.randn(2, 5, layer.base.in_features)
+    layer.fresh_pair(12)
+    layer.train_pair(layer.new_A, torch.randn(len(layer.B), 12))
+    routing.buffer = True
+    before = layer(x)
+    A, B, chosen = cram.adaptive_expert(
+        layer.new_A.detach(), layer.new_B.detach(), layer.scale, r_max=12, tau_alloc=0.0
+    )
+    layer.train_pair(A, B)
+    routing.buffer, routing.weights = False, torch.ones(2, 1)
+    assert len(chosen) == 12 and not torch.allclose(before, layer.base(x), atol=0.1)
+    assert torch.allclose(layer(x), before, atol=1e-4)
+    assert torch.allclose(A.norm(dim=1), B.norm(dim=0), atol=1e-4)  # sqrt(S) each
+    layer.keep(0)
+    assert torch.allclose(layer(x), before, atol=1e-4)
 
 
 def test_rank_rules_against_numpy():
@@ -112,6 +136,8 @@ def test_rank_rules_against_numpy():
             assert np.abs(got_A.numpy() @ Q).max() < 1e-5  # nothing is left inside Q
         product = sum(S[k] * np.outer(U[:, k], out[k] / novelty[k]) for k in sorted(wanted))
         assert np.allclose(got_B @ got_A, product, atol=1e-4)
+    few = cram.adaptive_expert(torch.randn(3, 9), torch.randn(8, 3), 2.0, fixed=True)
+    assert len(few[2]) == 3  # no more directions than there are
     inside = torch.eye(24)[:, :10]  # a buffer that older experts have already, all of it
     A = torch.randn(10, 10) @ inside.T
     kept, _, chosen = cram.adaptive_expert(A, torch.randn(16, 10), 2.0, inside, tau_alloc=0)
@@ -191,25 +217,81 @@ def test_the_penalty_is_zero_for_orthogonal_outputs_and_spares_old_experts(tiny,
         out = torch.randn(len(Q), 3)
         layer.train_pair(torch.randn(3, layer.base.in_features), out - Q @ (Q.T @ out))
         parameters += [layer.new_A, layer.new_B]
-    values = cram.backward(model, batch, features, (1.0, 1.0), routing, layers, 1.0)
-    assert 0 <= values["orthogonality"] < 1e-8
+    inputs = {}  # of every layer, for the penalty by hand
+
+    def backward():
+        hooks = [
+            layer.register_forward_pre_hook(lambda layer, x: inputs.update({layer: x[0].detach()}))
+            for layer in layers.values()
+        ]
+        values = cram.backward(model, batch, features, (1.0, 1.0), routing, layers, 1.0)
+        assert all(hook.remove() is None for hook in hooks) and routing.leaks == {}
+        return values
+
+    assert 0 <= backward()["orthogonality"] < 1e-8
     for layer in layers.values():  # and with outputs that older experts have
         layer.train_pair(layer.new_A, layer.B[:, :3])
-    values = cram.backward(model, batch, features, (1.0, 1.0), routing, layers, 1.0)
-    assert values["orthogonality"] > 1e-3
+    parts = []
+    got = backward()["orthogonality"]
+    for layer, x in inputs.items():
+        mask = batch["image_mask"].float()
+        mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        z = 2.0 * mean @ (layer.new_B @ layer.new_A).T
+        inside = torch.linalg.lstsq(layer.B, z.T).solution.T @ layer.B.T  # z projected on the old B
+        parts += [(2 / 3 * (inside**2).sum(1)).mean()]
+    assert got == pytest.approx(torch.stack(parts).mean().item(), rel=1e-3) and got > 1e-3
     new = {id(p) for layer in layers.values() for p in (layer.new_A, layer.new_B)}
     for path, p in model.named_parameters():  # the projector and all else: no gradient at all
         assert (p.grad is not None) == (id(p) in new), path
+    before_base = {path: p.detach().clone() for path, p in model.named_parameters()}
+    torch.optim.AdamW(model.parameters(), lr=0.1).step()
+    for path, p in model.named_parameters():
+        assert torch.equal(p, before_base[path]) == (id(p) not in new), path
     for path, layer in layers.items():
         assert all(
             torch.equal(*pair) for pair in zip(before[path], (layer.A, layer.B), strict=True)
         )
 
 
+def test_shared_energy_by_hand(tiny):
+    layers, _, _ = random_experts(tiny[0], T=1)
+    layer = next(iter(layers.values()))
+    A, B = layer.train_pair(torch.randn(4, layer.base.in_features), torch.randn(len(layer.B), 4))
+    Q = cram.basis(layer.B)
+    wanted = (Q @ Q.T @ B @ A).square().sum() / (B @ A).square().sum()
+    assert cram.shared_energy(layer, Q) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_routing_accuracy_by_hand():
+    routes = {"2-0-groups": [0, 1], "2-1-group": np.array([0, 1]), "2-2-group": np.array([1, 1])}
+    routes["2-1-weights"] = [[0.9, 0.1], [0.5, 0.5]]  # a tie counts for a half
+    routes["2-2-weights"] = [[0.6, 0.4], [0.0, 1.0]]
+    assert cram.routing_accuracy(routes, 2) == {"group": 75.0, "expert": 62.5}
+
+
+def test_pure_text_has_its_own_expert_in_training_and_all_in_tests():
+    nan = torch.full((1, 3), torch.nan)
+    memory = {"group": torch.zeros(3, dtype=torch.long), "count": torch.ones(1)}
+    memory |= {"prototype": torch.ones(1, 4), "centroid": torch.cat([torch.eye(3)[:2], nan])}
+    args = types.SimpleNamespace(routing="centroid", reuse=True, sigma=None, sigma_share=1 / 3)
+    u, q = torch.ones(2, 4), torch.cat([nan, torch.eye(3)[1:2]])
+    _, pi = cram.weights_for(u, q, memory, args, own=2)
+    assert pi[0].tolist() == [0, 0, 1]
+    assert pi[1, 1] > 0.9 and pi[1, 2] == 0  # an image never goes to the expert of nothing but text
+    _, pi = cram.weights_for(u, q, memory, args)
+    torch.testing.assert_close(pi[0], torch.full((3,), 1 / 3))
+    memory["centroid"][:] = torch.nan  # no stage had images: evenly
+    assert torch.allclose(cram.weights_for(u, q, memory, args)[1], torch.full((2, 3), 1 / 3))
+
+
 def results(run):
     files = ["matrix.json", *(f"predictions/{p.name}" for p in (run / "predictions").iterdir())]
     kept = torch.load(run / "experts.pt", weights_only=True)
-    return {name: (run / name).read_bytes() for name in files}, kept
+    found = {name: (run / name).read_bytes() for name in files}
+    found |= {name: x.tolist() for name, x in np.load(run / "routing.npz").items()}
+    names = "energy sigma old_experts_weight stored_parameters trained_parameters ranks groups"
+    summary = evaluation.read_json(run / "summary.json")
+    return found | {name: summary[name] for name in names.split()}, kept
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +405,10 @@ def test_every_ablation_runs(more, flags, tmp_path):
         assert (max(penalties) > 0) == ("lambda_orth" not in more)
     if "uniform" in more:
         assert np.allclose(weights, 1 / 3)
-        assert summary["routing_accuracy"] == {"group": 100, "expert": None}  # no largest weight
+        assert summary["routing_accuracy"] == {
+            "group": 100,
+            "expert": pytest.approx(100 / 3),
+        }  # a tie
     if "fixed_rank" in more:
         assert set(np.ravel(summary["ranks"])) == {9}
 
@@ -368,7 +453,6 @@ def clip_folder(tmp_path_factory):
     (folder / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    tokenizer.model_max_length = 24
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     text = {"vocab_size": len(words), "max_position_embeddings": 24, "num_attention_heads": 2}
     text |= {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
@@ -387,7 +471,10 @@ def test_routing_by_clip(clip_folder, tiny, samples, flags, tmp_path):
     part = [samples[0], dataclasses.replace(samples[1], image=None)]
     u, q = features(part)
     assert u.shape == (2, 12) and q.shape == (2, 12)
-    assert torch.allclose(u.norm(dim=1), torch.ones(2)) and torch.isnan(q[1]).all()
+    assert torch.isnan(q[1]).all() and not torch.isnan(q[0]).any()
+    pictures = features.clip_processor(images=[data.load_image(part[0].image)], return_tensors="pt")
+    own = features.clip.visual_projection(features.clip.vision_model(**pictures).pooler_output)
+    torch.testing.assert_close(q[:1], own)  # as CLIP projects it, of any length
     long = [dataclasses.replace(part[0], question="a" * 99 + end) for end in ("b", "c")]
     assert not torch.equal(*features(long)[0])  # of a long question the end is read
     run_here("cram", [*flags, "--routing_features", str(clip_folder), "--limit", "4"],
