@@ -944,12 +944,12 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "os^Dv<P"
 
 
-def new_figure(rows: int = 1, columns: int = 1, height: float = 4.2):
+def new_figure(rows: int = 1, columns: int = 1, height: float = 4.2, **more):
     """(figure, axes). It needs no screen, and no pyplot whose global state it could disturb."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.7, height), dpi=120, layout="constrained")
-    axes = figure.subplots(rows, columns)
+    axes = figure.subplots(rows, columns, **more)
     for axis in np.ravel(axes):
         axis.tick_params(labelsize=9)
     return figure, axes

@@ -824,7 +824,7 @@ def _kept_for_backward(function):
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def memory_table(rank=16, targets=("q", "v", "projector"), text=64, question=24, captured=4):
+def memory_table(text=64, question=24, captured=4):
     """Markdown table of the GPU memory that LoRA training of LLaVA-1.5 needs: computed.
 
     The models are built on torch's "meta" device: every shape and no data. Their parameters are
@@ -832,19 +832,19 @@ def memory_table(rank=16, targets=("q", "v", "projector"), text=64, question=24,
     count 16 bytes a parameter: float32 weight, gradient, and the two moments of AdamW.
     """
     lines = [
-        f"Computed, not measured: GB (1e9 bytes) for LoRA r = {rank} on {', '.join(targets)};",
-        "weights in bf16, adapters with gradient and AdamW state in float32. A sample is 576 image",
-        f"tokens and {text} of text; attention of {question} question tokens is captured in the",
-        f"last {captured} layers. Add 1-2 GB for CUDA itself, temporaries and fragmentation.",
+        "Computed, not measured: GB (1e9 bytes); weights in bf16, adapters with gradient and AdamW",
+        f"state in float32. A sample is 576 image tokens and {text} of text; asr.py alone captures",
+        f"attention, of {question} question tokens in the last {captured} layers. Add 1-2 GB for",
+        "CUDA itself, temporaries and fragmentation.",
         "",
-        "| LLaVA-1.5 | checkpointing | weights | adapters | a sample | of it capture "
+        "| LLaVA-1.5, LoRA | checkpointing | weights | adapters | a sample | of it capture "
         "| total, batch 1 | batch 4 | batch 16 |",
         "|" + "---|" * 9,
     ]
-    for name, (width, _, depth, heads) in LLAVAS.items():
-        model = llava_on_meta(name)
+    for what, (name, rank, targets) in ADAPTERS.items():
+        (width, _, depth, heads), model = LLAVAS[name], llava_on_meta(name)
         weights = 2 * parameter_report(model)["total"]
-        adapter = add_lora(model, "new", rank, 2 * rank, 0.05, targets)
+        adapter = add_lora(model, "new", rank, 2 * rank, 0.05, targets.split())
         adapters = 16 * sum(p.numel() for p in adapter)
         P = image_grid(model)[0] * image_grid(model)[1]
         S, D, bf16 = P + text, width // heads, dict(device="meta", dtype=torch.bfloat16)
@@ -869,10 +869,17 @@ def memory_table(rank=16, targets=("q", "v", "projector"), text=64, question=24,
         ):
             totals = [weights + adapters + batch * sample for batch in (1, 4, 16)]
             cells = [f"{c / 1e9:.2f}" for c in (weights, adapters, sample, capture, *totals)]
-            lines.append(f"| {name} | {on} | {' | '.join(cells)} |")
+            lines.append(f"| {what} | {on} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+LINEAR = "q k v o gate up down"
+ADAPTERS = {  # what is trained at a time -> (model, rank, layers): the defaults of the streams
+    "7B, `vqacl`: r 16, q, v, projector": ("7B", 16, "q v projector"),
+    "7B, `cram.py`: buffer of r 48, q, k, v, o": ("7B", 48, "q k v o"),
+    "7B, `dcl`, `acl`: r 128, all": ("7B", 128, f"{LINEAR} projector"),
+    "13B, `vqacl`: r 16, q, v, projector": ("13B", 16, "q v projector"),
+}
 LLAVAS = {"7B": (4096, 11008, 32, 32), "13B": (5120, 13824, 40, 40)}  # width, inner, layers, heads
 
 

@@ -246,6 +246,9 @@ EXTRA = {  # sweep -> {head of a further column: function of a record}
     }
     for name in ("cram", "cram-ablation")
 }
+EXTRA["cram-ablation"]["energy in older outputs (%)"] = lambda r: (
+    100 * np.mean([x for x in r["energy"] if x is not None] or [math.nan])
+)
 EXTRA["mr-lora"] = EXTRA["shots"] = {
     "MFT": lambda r: r["metrics"]["MFT"] if r["metrics"]["MFT"] is not None else math.nan,
     "routed right (%)": lambda r: _last(r, "routing_accuracy"),

@@ -1,14 +1,17 @@
-"""The figures of docs/: the idea of ASR, and what its theory says, drawn from runs and records.
+"""The figures of docs/: the idea of each method, and what the theory of ASR says, from runs and
+records.
 
-    python docs/figures.py RUN       RUN: a folder of asr.py, for the attention maps in it
+    python docs/figures.py RUN [RUN ...]       finished runs of asr.py, cram.py, mllm_cl.py
 
-It writes asr-idea.png and asr-theory.png from the maps of RUN, and asr-drift.png from the records
-of the sweeps "report" and "report-drift", into docs/figures.
+Into docs/figures it writes, from a run of asr.py, asr-idea.png and asr-theory.png (its attention
+maps), and asr-drift.png from the records of the sweeps "report" and "report-drift"; from a run of
+cram.py cram-idea.png; from one of mllm_cl.py mllm_cl-idea.png.
 """
 
 import argparse
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 import asr  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+import mllm_cl  # noqa: E402
 
 FIGURES = ROOT / "docs" / "figures"
 
@@ -67,6 +71,7 @@ def idea(run, path):
     axes[3].bar(places - 0.2, 100 * r[0], 0.4, color=evaluation.COLORS[0], label="r: how coarse")
     axes[3].bar(places + 0.2, 100 * d[0], 0.4, color=evaluation.COLORS[1], label="d: direction")
     axes[3].set_title("share of power (%) per bin", fontsize=8)
+    axes[3].set_xlabel("bin: of r from coarse to fine,\nof d from 0 to 180 degrees", fontsize=7)
     axes[3].tick_params(labelsize=7)
     axes[3].legend(fontsize=7)
     return evaluation.save_figure(figure, path)
@@ -126,10 +131,88 @@ def drift(panels, path):
     return evaluation.save_figure(figure, path)
 
 
+def ask(axis, sample):
+    """The picture of a test sample, and its question."""
+    axis.imshow(data.load_image(sample.image))
+    axis.set_axis_off()
+    lines = [textwrap.fill(line, 24) for line in sample.question.split("\n")]
+    axis.set_title("\n".join(lines), fontsize=8, parse_math=False)
+
+
+def bars(axis, names, shares, chosen, title):
+    """Named shares of one, the chosen one in color."""
+    colors = ["#b0b0b0" if k != chosen else evaluation.COLORS[1] for k in range(len(names))]
+    axis.barh(names, shares, color=colors)
+    for k, share in enumerate(shares):
+        axis.text(share + 0.02, k, f"{100 * share:.0f}%", va="center", fontsize=7)
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1.2), xticks=[])
+    axis.tick_params(labelsize=7, length=0)
+    axis.set_title(title, fontsize=8)
+    for side in ("top", "right", "bottom"):
+        axis.spines[side].set_visible(False)
+
+
+def cram_idea(folder, record, stream, path):
+    """The test question whose experts share it most evenly: its group, and their weights."""
+    T, routes = len(record["stages"]), np.load(folder / "routing.npz")
+    highest = [routes[f"{T}-{i + 1}-weights"].max(1) for i in range(T)]
+    i = min(range(T), key=lambda i: highest[i].min())
+    k = int(highest[i].argmin())
+    group, weights = routes[f"{T}-{i + 1}-group"][k], routes[f"{T}-{i + 1}-weights"][k]
+    figure, axes = evaluation.new_figure(1, 3, height=2.3)
+    ask(axes[0], stream.stages[i].test[k])
+    axes[1].set_axis_off()
+    axes[1].set_title("1. the instruction\ndecides on the group", fontsize=8)
+    for g in range(max(record["groups"]) + 1):
+        own = [name for name, x in zip(record["stages"], record["groups"], strict=True) if x == g]
+        shown = textwrap.fill(", ".join(own), 34)
+        axes[1].text(0, 0.95 - g / (max(record["groups"]) + 1), f"group {g + 1}: {shown}", va="top",
+                     fontsize=7, color=evaluation.COLORS[1] if g == group else "#707070",
+                     fontweight="bold" if g == group else "normal")  # fmt: skip
+    own = [n for n in range(T) if record["groups"][n] == group]
+    names = [f"{record['stages'][n]}\n(rank {np.mean(record['ranks'][n]):.1f})" for n in own]
+    bars(axes[2], names, weights[own], int(weights[own].argmax()),
+         "2. the image weighs its\nexperts (mean rank)")  # fmt: skip
+    return evaluation.save_figure(figure, path)
+
+
+def mllm_cl_idea(folder, record, stream, path):
+    """The first question of the last task: what the router is asked and says; the answer."""
+    T = len(record["stages"])
+    lines = evaluation.read_json(folder / "routing.jsonl", lines=True)
+    line = next(x for x in lines if x["stage"] == x["task"] == T)
+    said = evaluation.read_json(evaluation.predictions_file(folder, T - 1, T - 1), lines=True)[0]
+    letters = mllm_cl.letters_of(T, record["seed"])
+    figure, axes = evaluation.new_figure(1, 2, height=2.6, width_ratios=(1, 3))
+    ask(axes[0], stream.stages[-1].test[0])
+    about = [textwrap.fill(stream.descriptions[name], 48) for name in record["stages"]]
+    names = [f"{letter}: {text}" for letter, text in zip(letters, about, strict=True)]
+    chosen = line["choice"] - 1
+    bars(axes[1], names, line["probabilities"], chosen, "")
+    figure.suptitle("the router LoRA reads image, question and these lines, and says a letter; "
+                    f'expert {letters[chosen]} answers: "{said["text"]}"', fontsize=8)  # fmt: skip
+    return evaluation.save_figure(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("run", help="folder of a run of asr.py")
-    run = asr.load_run(parser.parse_args().run)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
+    drawn = []
+    for folder in map(Path, parser.parse_args().runs):
+        record = evaluation.read_run(folder)
+        if record["script"] == "asr":
+            drawn += of_asr(folder)
+        elif draw := {"cram": cram_idea, "mllm_cl": mllm_cl_idea}.get(record["script"]):
+            stream = data.load_stream(types.SimpleNamespace(**record["args"]))
+            drawn.append(draw(folder, record, stream, FIGURES / f"{record['script']}-idea.png"))
+        else:
+            raise data.InputError(f"{folder}: a run of {record['script']}.py has no figure in docs")
+    print("\n".join(map(str, drawn)))
+
+
+def of_asr(folder):
+    run = asr.load_run(folder)
     asr.name_runs([run])
     drawn = [idea(run, FIGURES / "asr-idea.png"), theory(run, FIGURES / "asr-theory.png")]
     panels = {}
@@ -140,7 +223,7 @@ def main() -> None:
                 panels.setdefault(f"{sweep}: {record['stream']}", []).append(record)
     if panels:
         drawn.append(drift(panels, FIGURES / "asr-drift.png"))
-    print("\n".join(map(str, drawn)))
+    return drawn
 
 
 if __name__ == "__main__":

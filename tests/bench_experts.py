@@ -45,7 +45,7 @@ class LoopLinear(cram.ExpertLinear):
     """The obvious way: one expert after the other."""
 
     def forward(self, x):
-        y, pi = self.base(x), self.routing[0].weights
+        y, pi = self.base(x), self.routing.weights
         x = F.dropout(x, self.dropout, self.training)
         for k in range(pi.shape[1] - 1):
             own = self.owner == k
