@@ -772,7 +772,8 @@ def figure_routers(runs, path):
     for k, (axis, (title, values)) in enumerate(zip(axes, columns.items(), strict=True)):
         axis.barh(range(len(values)), values, color=evaluation.COLORS[k])
         for y, value in enumerate(values):
-            axis.text(0, y, f" {value:.1f}", va="center", fontsize=9)
+            ink = "white" if value > 0.3 * max(values) else "black"
+            axis.text(0, y, f" {value:.1f}", va="center", fontsize=9, color=ink)
         axis.set_yticks(range(len(values)), [""] * len(values) if k else list(runs))
         axis.invert_yaxis()
         axis.set_title(title, fontsize=10)
