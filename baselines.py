@@ -35,12 +35,12 @@ old tasks: the words of an answer are one output layer for all stages; old and n
 compared word by word along the given answer, and the loss is times T^2, so that T does not change
 its weight. olora adds up absolute values as its release does (the paper has squares), and has no
 penalty on the size of the new LoRA. moelora's gates begin even; its scale is alpha / r, r the ranks
-of all experts together, as in its release. hide adds up the products B_i A_i; its
-release adds up the B_i and the A_i, and multiplies then, so that B_i meets A_j. Its likeness is
-that of LLaVA's own frozen features, its release's that of CLIP's, and every question has weights of
-its own, in the release the whole batch has one; the projector is a LoRA or frozen and not one that
-all stages train. Rank, layers, rate, epochs and --experts are the same for all methods of a stream;
-the releases choose them by method and by task.
+of all experts together, as in its release; A is drawn as any LoRA's. hide adds up the products
+B_i A_i; its release adds up the B_i and the A_i, and multiplies then, so that B_i meets A_j. Its
+likeness is that of LLaVA's own frozen features (of pure text the question's alone), its release's
+that of CLIP's, and every question has weights of its own, in the release the whole batch has one;
+the projector is a LoRA or frozen and not one that all stages train. Rank, layers, rate, epochs and
+--experts are the same for all methods of a stream; the releases choose them by method and by task.
 """
 
 import argparse
@@ -244,12 +244,14 @@ def anchors(model, processor, cache, samples):
 
 
 def likeness(features, memory):
-    """Mean cosine of N samples' images and questions with those of t stages: [N, t].
+    """Mean cosine of N samples' images and questions with those of t stages: [N, t]; of pure text
+    that of the question alone.
 
-    features: [N, c] and [N, d]; memory: the stages' anchors.
+    features: [N, c] (zeros: no image) and [N, d]; memory: the stages' anchors.
     """
     pairs = zip(features, zip(*memory, strict=True), strict=True)
-    return sum(cosine_similarity(x[:, None], torch.stack(kept)[None], -1) for x, kept in pairs) / 2
+    image, text = (cosine_similarity(x[:, None], torch.stack(a)[None], -1) for x, a in pairs)
+    return torch.where(features[0].any(1, keepdim=True), (image + text) / 2, text)
 
 
 class MoELoRALinear(torch.nn.Module):

@@ -17,6 +17,7 @@ import functools
 import importlib
 import io
 import math
+import os
 import random
 import re
 import shlex
@@ -104,10 +105,9 @@ SWEEPS = {
 CRAM, MR_LORA = "cram.py", "mllm_cl.py"
 SAME_EXPERTS = f"--experts {RUNS}/{MR_LORA}-{{stream}}-{{seed}}"  # of the row without flags
 SAME_LAYERS = "--targets q,k,v,o --rank 9 --alpha 18"  # as CRAM's experts (trigap's may have 10)
-# Where sequential LoRA ends best, for {best}: the sweeps rate (vqacl), rate-mr-lora (dcl, acl) and
-# rate-cram (ucit, trigap, on CRAM's layers). clt-vqa has vqacl's; on coin none was searched.
-BEST = {"vqacl": "5e-4", "clt-vqa": "5e-4", "ucit": "2e-3", "trigap": "1e-3", "coin": "2e-3"}
-BEST |= {"dcl": "1e-3", "acl": "5e-4"}
+# Learning rates, for {best}: at which sequential LoRA ends best (whole streams: the sweeps rate,
+# rate-cram and rate-mr-lora).
+BEST = {"vqacl": "5e-4", "ucit": "2e-3", "trigap": "1e-3", "dcl": "1e-3", "acl": "5e-4"}
 SWEEPS |= {
     # what sequential LoRA ends best with on the streams of the other two methods
     "rate-cram": (
@@ -175,26 +175,63 @@ SWEEPS |= {
 }
 
 
-# Everything on everything, cut so that it fits two cores: the same for all methods of a stream, and
-# not at all on those of the sweep mr-lora. Five seeds of the three methods, sequential and joint,
-# three of the others. What trains adapters through all stages has the rate at which sequential LoRA
-# ends best; joint training and the two methods that train an expert a stage have the stream's. On
-# streams that are cut the router of MR-LoRA makes half of its passes.
-CUT = {name: "--limit 320 --limit_test 40" for name in ("vqacl", "clt-vqa")}
-CUT |= {name: "--limit 160 --limit_test 40" for name in ("coin", "ucit", "trigap")}
-CUT |= {"dcl": "", "acl": ""}  # for {cut}
-ALL = list(CUT)
+# Everything on everything. dcl and acl are whole, as in the sweep mr-lora; the others are cut to 30
+# steps a stage, the same for all methods, and the router of MR-LoRA makes half of its passes there.
+# Their learning rates come from the sweep rate-all, on a seed that is not reported: {best} for
+# adapters that go through all stages, {fresh} for methods that train new ones in every stage,
+# {joint}.
+CUT = {name: "--limit 480 --limit_test 40" for name in ("vqacl", "clt-vqa")}
+CUT |= {name: "--limit 160 --limit_test 40" for name in ("coin", "ucit", "trigap")}  # three epochs
+ALL = [*CUT, "dcl", "acl"]
+CUT_RATES = {  # best, fresh, joint
+    "vqacl": ("5e-4", "2e-3", "2e-3"),
+    "clt-vqa": ("5e-4", "2e-3", "2e-3"),
+    "coin": ("2e-3", "4e-3", "4e-3"),
+    "ucit": ("2e-3", "4e-3", "4e-3"),
+    "trigap": ("1e-3", "4e-3", "4e-3"),
+}
 METHODS = {
     "sequential": f"{SEQUENTIAL} --lr {{best}} {{cut}}",
     "ASR": f"{ASR} --lr {{best}} {{cut}}",
+    "CRAM": f"{CRAM} {{fresh}} {{cut}}",
+    "MR-LoRA": f"{MR_LORA} {{fresh}} {{passes}} {{cut}}",
+    "joint": "baselines.py --method joint {joint} {cut}",
 }
-METHODS |= {"CRAM": f"{CRAM} {{cut}}", "MR-LoRA": f"{MR_LORA} {{passes}} {{cut}}"}
-METHODS["joint"] = "baselines.py --method joint {cut}"
-OTHERS = {"zeroshot": "baselines.py --method zeroshot {cut}"} | {
-    name: f"baselines.py --method {name} --lr {{best}} {{cut}}"
-    for name in "replay ewc lwf olora moelora hide".split()
+OTHERS = {
+    "zeroshot": "baselines.py --method zeroshot {cut}",
+    "replay": "baselines.py --method replay --lr {best} {cut}",
+    "ewc": "baselines.py --method ewc --lr {best} {cut}",
+    "lwf": "baselines.py --method lwf --lr {best} {cut}",
+    "olora": "baselines.py --method olora {fresh} {cut}",
+    # its eight gates begin even, so its first updates are an eighth of a plain LoRA's: with so few
+    # steps they would stay there
+    "moelora": "baselines.py --method moelora --alpha 256 --lr {best} {cut}",
+    "hide": "baselines.py --method hide {fresh} {cut}",
 }
 SWEEPS |= {
+    "rate-all": (
+        list(CUT),
+        [5],
+        {
+            f"{label}, lr {rate}": f"{command} --lr {rate} {{cut}}"
+            for label, command in (
+                ("sequential", SEQUENTIAL),
+                ("one LoRA a task, task known", f"{MR_LORA} --router oracle"),
+                ("joint", "baselines.py --method joint"),
+            )
+            for rate in RATES[1:]
+        },
+    ),
+    # How much may every LoRA count outside of the last layer, and how sharp is the choice in it?
+    "search-hide": (
+        ["vqacl", "dcl"],
+        [5],
+        {
+            f"W {w}, T {t}": f"{OTHERS['hide']} --hide_fusion {w} --hide_temperature {t}"
+            for w in (0.2, 0.4, 1)
+            for t in (0.1, 0.03)
+        },
+    ),
     "all": (ALL, range(5), METHODS),
     "all-baselines": (ALL, range(3), {"sequential": METHODS["sequential"]} | OTHERS),
 }
@@ -223,10 +260,10 @@ def _last(record, key):
 
 
 def _kept(record):
-    """Training samples of earlier stages that a method goes back to; nan: joint has them all."""
+    """Training samples of earlier stages that the last stage goes back to; nan: joint has all."""
     args, T = record["args"], len(record["stages"])
     if record["script"] == "mllm_cl" and args["router"] != "oracle":
-        return args["shots"] * T
+        return args["shots"] * (T - 1)
     if args.get("method") == "joint":
         return math.nan
     return args["buffer"] * (T - 1) if args.get("method") == "replay" else 0
@@ -283,9 +320,11 @@ def cells(name: str):
 def command_line(name: str, command: str, stream, seed) -> str:
     """A row's command for one stream and seed. The run folder is named by the command: two sweeps
     that ask for the same run share it."""
-    rates = {"twice": TWICE.get(stream), "best": BEST.get(stream)}
-    cut = CUT.get(stream, "")
-    rates |= {"cut": cut, "passes": "--router_epochs 5" if cut else ""}
+    rates = {"twice": TWICE.get(stream), "best": BEST.get(stream), "cut": CUT.get(stream, "")}
+    rates |= {"passes": "", "fresh": "", "joint": ""}
+    if "{cut}" in command and rates["cut"]:
+        rates["best"], fresh, joint = CUT_RATES[stream]
+        rates |= {"fresh": f"--lr {fresh}", "joint": f"--lr {joint}", "passes": "--router_epochs 5"}
     own = " ".join(command.format(stream=stream, seed=seed, **rates).split())
     flags = own.split(" --experts runs")[0].replace("--", "")
     threads = "" if name == "default" else " --threads 1"  # that one is as a user starts it
@@ -300,7 +339,9 @@ def run_cell(record: Path, line: str) -> str:
     """Run one cell unless its record exists; "" or one line that says what went wrong."""
     if record.exists():
         return ""
-    if needed := re.search(r"--experts (\S+)", line):  # a record may be there without its folder
+    if needed := re.search(
+        r"--experts (runs/\S+)", line
+    ):  # a record may be there without its folder
         own, experts = line[line.index("--stream") : line.index("--out")], Path(needed[1])
         with ONE_AT_A_TIME:
             if not (experts / "summary.json").exists():
@@ -308,15 +349,19 @@ def run_cell(record: Path, line: str) -> str:
                 if again:
                     return again
     out = Path(shlex.split(line)[-1])
-    resume = " --resume" if (out / "args.json").exists() else ""
-    log = out.with_name(out.name + ".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        code = subprocess.call(
-            [sys.executable, *shlex.split(line + resume)], stdout=file, stderr=file
-        )
-    if code:
-        return f"exit code {code}: python {line}{resume} (see {log})"
+    if (out / "summary.json").exists():  # another sweep has run the same
+        if changed := outdated(evaluation.read_run(out), line):
+            return f"{out} is not what its command does now ({changed}): delete it"
+    else:
+        resume = " --resume" if (out / "args.json").exists() else ""
+        log = out.with_name(out.name + ".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as file:
+            code = subprocess.call(
+                [sys.executable, *shlex.split(line + resume)], stdout=file, stderr=file
+            )
+        if code:
+            return f"exit code {code}: python {line}{resume} (see {log})"
     record.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "summary.json", record)
     print(f"{record.stem}: {evaluation.read_json(record)['metrics']}", flush=True)
@@ -335,7 +380,7 @@ def records_of(name: str, stream: str) -> dict[str, dict]:
                     f"{path} was made with another tiny LLaVA than the one in assets, "
                     f"{shipped[:12]}: delete it and run {name} again"
                 )
-            if changed := outdated(found[path.stem]["args"], line):
+            if changed := outdated(found[path.stem], line):
                 raise data.InputError(
                     f"{path} is not what its command does now ({changed}): delete it, and its run "
                     f"folder if it is there, and run {name} again"
@@ -344,13 +389,16 @@ def records_of(name: str, stream: str) -> dict[str, dict]:
 
 
 # what an answer does not depend on, and the seed, which is in the record's name
-SAME_NUMBERS = {"out", "experts", "resume", "eval_batch_size", "seed"}
+SAME_NUMBERS = {"out", "resume", "eval_batch_size", "seed"}
 
 
-def outdated(args: dict, line: str) -> str:
+def outdated(record: dict, line: str) -> str:
     """Which settings of a record its command would not have today, as "lr 0.1, now 0.2"; or ""."""
     now, before = _settings(re.sub(r" --(experts runs/|seed |out )\S+", "", line)), []
-    for key in sorted(now.keys() & args.keys() - SAME_NUMBERS):
+    args, same = record["args"], SAME_NUMBERS
+    if record["script"] == "mllm_cl":
+        same = same | {"experts"}  # the folder of a run; in baselines.py a number
+    for key in sorted(now.keys() & args.keys() - same):
         if now[key] is not None and evaluation.jsonable(now[key]) != args[key]:
             before.append(f"{key} {args[key]}, now {now[key]}")
     return "; ".join(before)
@@ -609,23 +657,27 @@ def beside_table(name: str, markdown: bool) -> str:
 def choice_table(markdown: bool) -> str:
     """Which method? AP of every method on every stream of the sweep "all", means over the seeds;
     then what it forgets, stores, keeps and takes, means over the streams."""
+    labels = ("sequential", *OTHERS, "ASR", "CRAM", "MR-LoRA", "joint")
     found = {stream: rows_of("all-baselines", stream) | rows_of("all", stream) for stream in ALL}
-    seconds = {s: np.mean([r["seconds"] for r in rows["sequential"].values()] or [math.nan])
-               for s, rows in found.items()}  # fmt: skip
+    seeds = {s: set.intersection(*([set(x) for x in rows.values() if x] or [set()]))
+             for s, rows in found.items()}  # fmt: skip
+    seconds = {s: {k: r["seconds"] for k, r in found[s]["sequential"].items()} for s in ALL}
     columns = {
         "mean AP": lambda r: r["metrics"]["AP"],
         "AF": lambda r: _number(r["metrics"]["AF"]),
         **{head: EXTRA["all"][head] for head in ("stored (1000)", "samples kept")},
-        "time (sequential: 1)": lambda r: r["seconds"] / seconds[r["stream"]],
+        "time (sequential: 1)": lambda r: r["seconds"] / seconds[r["stream"]][r["seed"]],
     }
     lines = [["AP", *ALL, *columns]]
-    for label in ("sequential", *OTHERS, "ASR", "CRAM", "MR-LoRA", "joint"):
-        runs = [list(found[stream][label].values()) for stream in ALL]
+    for label in labels:
+        runs = [[found[s][label][k] for k in seeds[s] if k in found[s][label]] for s in ALL]
         line = [_mean([r["metrics"]["AP"] for r in some]) for some in runs]
         for value in columns.values():  # of a stream, then of all streams: none counts more
             means = [np.mean([value(r) for r in some]) for some in runs if some]
             line.append(_mean(means) if all(runs) else "missing")
         lines.append([label, *line])
+    kept = [", ".join(map(str, sorted(seeds[s]))) or "none" for s in ALL]
+    lines.append(["seeds that all rows have", *kept, *[""] * len(columns)])
     return evaluation.grid(lines, markdown)
 
 
@@ -736,6 +788,9 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the tables only")
     parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs} must be 1 or more")
+    os.chdir(data.ROOT)
     if args.readme:
         for page in PAGES:
             write_page(page)
@@ -747,6 +802,8 @@ def main() -> None:
         print("\n".join(f"python {line}" for _, line in todo))
         return
     if not args.table:
+        for stream in SWEEPS[args.name][0]:
+            records_of(args.name, stream)  # outdated ones are reported before any work
         errors = []
         for later in (False, True):  # cells that take the experts of another cell wait for it
             part = [cell for cell in todo if ("--experts runs" in cell[1]) == later]

@@ -106,7 +106,7 @@ def test_likeness_is_the_mean_cosine_of_images_and_questions():
     images, words = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 2.0], [3.0, 0.0]])
     memory = [[torch.tensor([5.0, 0.0]), torch.tensor([0.0, 1.0])],
               [torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])]]  # fmt: skip
-    wanted = torch.tensor([[1.0, 0.5**1.5], [0.0, 0.5**1.5]])  # no image: the question alone
+    wanted = torch.tensor([[1.0, 0.5**1.5], [0.0, 0.5**0.5]])  # no image: the question alone
     torch.testing.assert_close(baselines.likeness((images, words), memory), wanted)
 
 
@@ -220,6 +220,36 @@ def test_even_gates_are_a_quarter_of_a_plain_lora_and_a_sharp_gate_is_one_expert
     torch.testing.assert_close(layer(x)[0, 0], own, rtol=1e-4, atol=1e-4)
 
 
+def test_ewc_holds_the_weights_and_lwf_the_answers(flags, tmp_path, monkeypatch):
+    """Second stage, with the penalty and with its weight zero: ewc ends nearer to the LoRA of the
+    first stage, lwf nearer to the words it said before."""
+    flags = [*flags, "--dropout", "0", "--fisher_samples", "8", "--lr", "1e-2"]
+
+    def adapter(run):
+        return load_file(run / "lora" / "adapter_model.safetensors")
+
+    first = adapter(run_here("baselines", [*flags, "--order", "one"], tmp_path / "one"))
+    flags, moved, apart = [*flags, "--order", "one,two", "--method"], {}, {}
+    for weight in ("0", "1e5"):
+        more = ["ewc", "--ewc_lambda", weight]
+        run = run_here("baselines", [*flags, *more], tmp_path / f"ewc-{weight}")
+        moved[weight] = sum(((v - first[k]) ** 2).sum() for k, v in adapter(run).items())
+    assert moved["1e5"] < 0.5 * moved["0"], moved
+    loss = baselines.distillation_loss
+    for weight in ("0", "30"):
+        seen = apart[weight] = []
+
+        def watched(*args, seen=seen):
+            seen.append(loss(*args))
+            return seen[-1]
+
+        monkeypatch.setattr(baselines, "distillation_loss", watched)
+        more = ["lwf", "--lwf_lambda", weight]
+        run_here("baselines", [*flags, *more], tmp_path / f"lwf-{weight}")
+    last = {weight: sum(x.item() for x in seen[-3:]) for weight, seen in apart.items()}
+    assert last["30"] < 0.5 * last["0"], last
+
+
 def losses(run):
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -255,6 +285,9 @@ def test_a_method_begins_where_it_has_nothing_to_protect(method, flags, tmp_path
                           tmp_path / "two")  # fmt: skip
         ended = load_file(second / "lora" / "adapter_model.safetensors")
         assert all(torch.equal(v, ended[f"base_model.model.{k}"]) for k, v in third.items())
+    if method == "moelora":  # the gates learn, too
+        state = load_file(whole / "lora" / "adapter_model.safetensors")
+        assert all(value.abs().max() > 1e-5 for key, value in state.items() if key.endswith(".G"))
     more = ["--method", method, *strong, "--save_every", "2"]
     kill_after(9, "baselines", [*flags, *more], tmp_path / "killed")
     killed = run_here("baselines", [*flags, *more, "--resume"], tmp_path / "killed")

@@ -52,7 +52,7 @@ def test_a_record_that_its_command_would_not_make_today_is_refused(tmp_path, mon
     monkeypatch.chdir(ROOT)
     file, line = next(cell for cell in sweep.cells("report") if cell[0].exists())
     record = evaluation.read_json(file)
-    assert sweep.outdated(record["args"], line) == ""
+    assert sweep.outdated(record, line) == ""
     record["args"]["lr"] *= 2
     monkeypatch.setattr(sweep, "RESULTS", tmp_path)
     copy = tmp_path / "report" / file.name
