@@ -339,9 +339,8 @@ def run_cell(record: Path, line: str) -> str:
     """Run one cell unless its record exists; "" or one line that says what went wrong."""
     if record.exists():
         return ""
-    if needed := re.search(
-        r"--experts (runs/\S+)", line
-    ):  # a record may be there without its folder
+    # the record of the run that made the experts may be there without its folder
+    if needed := re.search(r"--experts (runs/\S+)", line):
         own, experts = line[line.index("--stream") : line.index("--out")], Path(needed[1])
         with ONE_AT_A_TIME:
             if not (experts / "summary.json").exists():
@@ -654,6 +653,16 @@ def beside_table(name: str, markdown: bool) -> str:
     return evaluation.grid(lines, markdown)
 
 
+def tasks_table(sweep: str, stream: str, markdown: bool) -> str:
+    """Score of every task after the last stage, a row of a sweep a line: means over the seeds."""
+    lines = [["in the end, %", *data.STREAMS[stream].stages]]
+    for label, runs in rows_of(sweep, stream).items():
+        ends = [record["matrix"][-1] for record in runs.values()]
+        lines.append([label, *map(_mean, zip(*ends, strict=True))] if ends else
+                     [label, *["missing"] * (len(lines[0]) - 1)])  # fmt: skip
+    return evaluation.grid(lines, markdown)
+
+
 def choice_table(markdown: bool) -> str:
     """Which method? AP of every method on every stream of the sweep "all", means over the seeds;
     then what it forgets, stores, keeps and takes, means over the streams."""
@@ -746,6 +755,10 @@ def block(name: str, markdown: bool = True) -> str:
 OTHER_TABLES = {"drift": drift_table, "choice": choice_table, "pretrain": pretrain_table}
 for _function, _names in ((goals_table, GOALS), (beside_table, BESIDE), (bench_table, BENCHES)):
     OTHER_TABLES |= {_name: functools.partial(_function, _name) for _name in _names}
+
+
+for _sweep in ("cram", "cram-ablation"):
+    OTHER_TABLES[f"{_sweep}-tasks"] = functools.partial(tasks_table, _sweep, "ucit")
 
 
 def line_of(file: str, name: str) -> int:
