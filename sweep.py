@@ -184,11 +184,11 @@ CUT = {name: "--limit 480 --limit_test 40" for name in ("vqacl", "clt-vqa")}
 CUT |= {name: "--limit 160 --limit_test 40" for name in ("coin", "ucit", "trigap")}  # three epochs
 ALL = [*CUT, "dcl", "acl"]
 CUT_RATES = {  # best, fresh, joint
-    "vqacl": ("5e-4", "2e-3", "2e-3"),
-    "clt-vqa": ("5e-4", "2e-3", "2e-3"),
-    "coin": ("2e-3", "4e-3", "4e-3"),
+    "vqacl": ("1e-3", "4e-3", "4e-3"),
+    "clt-vqa": ("1e-3", "4e-3", "2e-3"),
+    "coin": ("5e-4", "4e-3", "4e-3"),
     "ucit": ("2e-3", "4e-3", "4e-3"),
-    "trigap": ("1e-3", "4e-3", "4e-3"),
+    "trigap": ("5e-4", "4e-3", "2e-3"),
 }
 METHODS = {
     "sequential": f"{SEQUENTIAL} --lr {{best}} {{cut}}",
