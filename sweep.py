@@ -228,7 +228,7 @@ SWEEPS |= {
         [5],
         {
             f"W {w}, T {t}": f"{OTHERS['hide']} --hide_fusion {w} --hide_temperature {t}"
-            for w in (0.2, 0.4, 1)
+            for w in (0.1, 0.2, 0.4, 1)
             for t in (0.1, 0.03)
         },
     ),
