@@ -206,7 +206,7 @@ OTHERS = {
     # its eight gates begin even, so its first updates are an eighth of a plain LoRA's: with so few
     # steps they would stay there
     "moelora": "baselines.py --method moelora --alpha 256 --lr {best} {cut}",
-    "hide": "baselines.py --method hide {fresh} {cut}",
+    "hide": "baselines.py --method hide --hide_fusion 0.2 --hide_temperature 0.03 {fresh} {cut}",
 }
 SWEEPS |= {
     "rate-all": (
@@ -227,7 +227,8 @@ SWEEPS |= {
         ["vqacl", "dcl"],
         [5],
         {
-            f"W {w}, T {t}": f"{OTHERS['hide']} --hide_fusion {w} --hide_temperature {t}"
+            f"W {w}, T {t}": f"baselines.py --method hide {{fresh}} {{cut}} --hide_fusion {w} "
+            f"--hide_temperature {t}"
             for w in (0.1, 0.2, 0.4, 1)
             for t in (0.1, 0.03)
         },
