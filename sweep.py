@@ -236,13 +236,23 @@ SWEEPS |= {
             for t in (0.1, 0.03)
         },
     ),
+    # How many steps does a router need that has to tell ten kinds of questions apart?
+    "search-router": (
+        ["vqacl"],
+        [5],
+        {
+            "steps of 16": f"{MR_LORA} {{fresh}} {{cut}}",
+            "steps of 4": f"{MR_LORA} {{fresh}} --router_batch 4 {{cut}}",
+        },
+    ),
     "all": (ALL, range(5), METHODS),
     "all-baselines": (ALL, range(3), {"sequential": METHODS["sequential"]} | OTHERS),
 }
 
 
-# Two further orders of the stages.
-for _stream in ("vqacl", "dcl"):
+# Two further orders of the stages. MR-LoRA's experts do not depend on the order; its ten routers of
+# vqacl are left out, they would take as long as all the rest.
+for _stream, _left_out in (("vqacl", {"joint", "MR-LoRA"}), ("dcl", {"joint"})):
     _stages = data.STREAMS[_stream].stages
     _orders = {
         "reversed": _stages[::-1],
@@ -250,7 +260,7 @@ for _stream in ("vqacl", "dcl"):
     }
     for _order, _names in _orders.items():
         _flags = f"--order {','.join(_names)}"
-        _rows = {label: f"{METHODS[label]} {_flags}" for label in METHODS if label != "joint"}
+        _rows = {k: f"{line} {_flags}" for k, line in METHODS.items() if k not in _left_out}
         SWEEPS[f"{_stream}-{_order}"] = ([_stream], range(3), _rows)
 
 
@@ -290,7 +300,7 @@ EXTRA = {  # sweep -> {head of a further column: function of a record}
 EXTRA["cram-ablation"]["energy in older outputs (%)"] = lambda r: (
     100 * np.mean([x for x in r["energy"] if x is not None] or [math.nan])
 )
-EXTRA["mr-lora"] = EXTRA["shots"] = {
+EXTRA["mr-lora"] = EXTRA["shots"] = EXTRA["search-router"] = {
     "MFT": lambda r: r["metrics"]["MFT"] if r["metrics"]["MFT"] is not None else math.nan,
     "routed right (%)": lambda r: _last(r, "routing_accuracy"),
     "answers": lambda r: r.get("cost", {}).get("generations", math.nan),
