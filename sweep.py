@@ -36,7 +36,7 @@ import eval as evaluation
 import model
 
 RESULTS, RUNS = Path("results"), Path("runs/sweep")
-PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
+PAGES = [data.ROOT / "README.md", *sorted((data.ROOT / "docs").glob("*.md"))]
 BENCHES = ("bench", "bench_experts")
 SEARCH, REPORT = range(5), range(5, 10)  # seeds to choose settings on, and seeds to report
 
@@ -200,16 +200,15 @@ METHODS = {
     "MR-LoRA": f"{MR_LORA} {{fresh}} {{router}} {{cut}}",
     "joint": "baselines.py --method joint {joint} {cut}",
 }
+HIDE, MOELORA = "baselines.py --method hide {fresh} {cut}", "baselines.py --method moelora"
 OTHERS = {
     "zeroshot": "baselines.py --method zeroshot {cut}",
     "replay": "baselines.py --method replay --lr {best} {cut}",
     "ewc": "baselines.py --method ewc --lr {best} {cut}",
     "lwf": "baselines.py --method lwf --lr {best} {cut}",
-    "olora": "baselines.py --method olora {fresh} {cut}",
-    # its eight gates begin even, so its first updates are an eighth of a plain LoRA's: with so few
-    # steps they would stay there
-    "moelora": "baselines.py --method moelora --alpha 256 --lr {best} {cut}",
-    "hide": "baselines.py --method hide --hide_fusion 0.2 --hide_temperature 0.03 {fresh} {cut}",
+    "olora": "baselines.py --method olora --lr {best} {cut}",
+    "moelora": f"{MOELORA} --alpha 256 --lr {{best}} {{cut}}",
+    "hide": f"{HIDE} --hide_fusion 2 --hide_temperature 0.03",
 }
 SWEEPS |= {
     "rate-all": (
@@ -225,15 +224,20 @@ SWEEPS |= {
             for rate in RATES[1:]
         },
     ),
-    # How much may every LoRA count outside of the last layer, and how sharp is the choice in it?
-    "search-hide": (
+    # The weights of the baselines' own losses. MoELoRA's eight gates begin even, so that its first
+    # updates are an eighth of a plain LoRA's: alpha 256 makes up for that. HiDe: how much may every
+    # LoRA count outside of the last layer, and how sharp is the choice in it?
+    "search-baselines": (
         ["vqacl", "dcl"],
         [5],
-        {
-            f"W {w}, T {t}": f"baselines.py --method hide {{fresh}} {{cut}} --hide_fusion {w} "
-            f"--hide_temperature {t}"
-            for w in (0.1, 0.2, 0.4, 1)
-            for t in (0.1, 0.03)
+        {"sequential": METHODS["sequential"]}
+        | {f"ewc, lambda {x}": f"{OTHERS['ewc']} --ewc_lambda {x}" for x in (1, 10, 100, 1000)}
+        | {f"lwf, lambda {x}": f"{OTHERS['lwf']} --lwf_lambda {x}" for x in (0.25, 1, 4)}
+        | {f"olora, lambda {x}": f"{OTHERS['olora']} --olora_lambda {x}" for x in (0.05, 0.5)}
+        | {f"moelora, alpha {x}": f"{MOELORA} --alpha {x} --lr {{best}} {{cut}}" for x in (32, 256)}
+        | {
+            f"hide, W {w}, T {t}": f"{HIDE} --hide_fusion {w} --hide_temperature {t}"
+            for w, t in ((1, 0.03), (2, 0.03), (4, 0.03), ("inf", 0.03), (2, 0.1), ("inf", 0.1))
         },
     ),
     # How many steps does a router need that has to tell ten kinds of questions apart?

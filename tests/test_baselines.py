@@ -115,7 +115,12 @@ def test_hide_begins_as_one_lora_and_keeps_a_lora_of_every_stage(flags, tmp_path
     LoRA; in tests a LoRA counts in the last layer as its stage is like the question."""
     flags = [*flags, "--dropout", "0", "--targets", "q,v,projector"]
     plain = run_here("baselines", flags, tmp_path / "sequential")
-    more, seen = [*flags, "--method", "hide", "--save_every", "2"], []
+    more, seen, alike = [*flags, "--method", "hide", "--save_every", "2"], [], []
+    more += ["--hide_fusion", "2", "--hide_temperature", "0.03"]
+
+    def watched_likeness(*args):
+        alike.append(likeness(*args))
+        return alike[-1]
 
     def watched_share(model, shares, last):
         seen.append((shares, last))
@@ -128,15 +133,18 @@ def test_hide_begins_as_one_lora_and_keeps_a_lora_of_every_stage(flags, tmp_path
         )
         return generate(model, *args)
 
+    likeness = baselines.likeness
+    monkeypatch.setattr(baselines, "likeness", watched_likeness)
     monkeypatch.setattr(baselines, "share_lora", watched_share)
     monkeypatch.setattr(baselines, "generate", watched_answers)
     # without a cache the tower runs before every answer, with all adapters off
     whole = run_here("baselines", [*more, "--features", "off"], tmp_path / "whole")
     monkeypatch.undo()
     assert [last.shape[1] for _, last in seen] == [1] * 1 + [2] * 2 + [3] * 3
-    for shares, last in seen:
-        assert shares.shape[0] == 1 and (shares == 1).all()
-        torch.testing.assert_close(last.sum(1), torch.ones(len(last)))
+    for (shares, last), cosines in zip(seen, alike, strict=True):
+        n = last.shape[1]
+        torch.testing.assert_close(shares, torch.full((1, n), min(1, 2 / n)))
+        torch.testing.assert_close(last, torch.softmax(cosines / 0.03, 1))
     assert (seen[-1][1].max(1).values > 1.01 / 3).all()
     assert losses(whole)[:6] == losses(plain)[:6]
     first = "predictions/after-1-on-1.jsonl"
