@@ -143,7 +143,7 @@ def test_hide_begins_as_one_lora_and_keeps_a_lora_of_every_stage(flags, tmp_path
     assert [last.shape[1] for _, last in seen] == [1] * 1 + [2] * 2 + [3] * 3
     for (shares, last), cosines in zip(seen, alike, strict=True):
         n = last.shape[1]
-        torch.testing.assert_close(shares, torch.full((1, n), min(1, 2 / n)))
+        torch.testing.assert_close(shares, torch.full((1, n), min(1.0, 2 / n)))
         torch.testing.assert_close(last, torch.softmax(cosines / 0.03, 1))
     assert (seen[-1][1].max(1).values > 1.01 / 3).all()
     assert losses(whole)[:6] == losses(plain)[:6]
