@@ -102,9 +102,9 @@ def parse(argv=None):
     add("--hide_temperature", type=float, default=0.1, metavar="T",
         help="hide: weights of the last layer are softmax(likeness / T) (default: 0.1, its "
         "release's)")
-    add("--hide_fusion", type=float, default=math.inf, metavar="W",
-        help="hide: in the other layers each of n LoRAs counts min(1, W / n) (default: inf, which "
-        "is 1 each, as in its release)")
+    add("--hide_sum", type=float, default=math.inf, metavar="W",
+        help="hide: in the other layers each of n LoRAs counts min(1, W / n), together at most W "
+        "(default: inf, as in its release)")
     add("--blind", action="store_true",
         help="at the end test with black images, too: what is known without looking")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
@@ -122,8 +122,8 @@ def parse(argv=None):
     for name in (above_zero + " hide_temperature").split():
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)} must be above zero")
-    if not args.hide_fusion > 0:
-        raise InputError(f"--hide_fusion {args.hide_fusion} must be above zero")
+    if not args.hide_sum > 0:
+        raise InputError(f"--hide_sum {args.hide_sum} must be above zero")
     if args.experts < 1:
         raise InputError(f"--experts {args.experts} must be 1 or more")
     if args.blind and args.method == "hide":
@@ -354,7 +354,7 @@ def evaluate_stage(model, processor, cache, collator, stage, args, title, blind=
         features = image_features(cache, samples)
         if memory:
             alike = likeness(frozen_features(model, processor, samples, features), memory)
-            fused = min(1.0, args.hide_fusion / len(memory))
+            fused = min(1.0, args.hide_sum / len(memory))
             fused = torch.full((1, len(memory)), fused, device=model.device)
             share_lora(model, fused, last=(alike / args.hide_temperature).softmax(1))
         if blind and features is not None:

@@ -208,7 +208,7 @@ OTHERS = {
     "lwf": "baselines.py --method lwf --lr {best} {cut}",
     "olora": "baselines.py --method olora --lr {best} {cut}",
     "moelora": f"{MOELORA} --alpha 256 --lr {{best}} {{cut}}",
-    "hide": f"{HIDE} --hide_fusion 2 --hide_temperature 0.03",
+    "hide": f"{HIDE} --hide_sum 2 --hide_temperature 0.03",
 }
 SWEEPS |= {
     "rate-all": (
@@ -236,7 +236,7 @@ SWEEPS |= {
         | {f"olora, lambda {x}": f"{OTHERS['olora']} --olora_lambda {x}" for x in (0.05, 0.5)}
         | {f"moelora, alpha {x}": f"{MOELORA} --alpha {x} --lr {{best}} {{cut}}" for x in (32, 256)}
         | {
-            f"hide, W {w}, T {t}": f"{HIDE} --hide_fusion {w} --hide_temperature {t}"
+            f"hide, W {w}, T {t}": f"{HIDE} --hide_sum {w} --hide_temperature {t}"
             for w, t in ((1, 0.03), (2, 0.03), (4, 0.03), ("inf", 0.03), (2, 0.1), ("inf", 0.1))
         },
     ),

@@ -116,7 +116,7 @@ def test_hide_begins_as_one_lora_and_keeps_a_lora_of_every_stage(flags, tmp_path
     flags = [*flags, "--dropout", "0", "--targets", "q,v,projector"]
     plain = run_here("baselines", flags, tmp_path / "sequential")
     more, seen, alike = [*flags, "--method", "hide", "--save_every", "2"], [], []
-    more += ["--hide_fusion", "2", "--hide_temperature", "0.03"]
+    more += ["--hide_sum", "2", "--hide_temperature", "0.03"]
 
     def watched_likeness(*args):
         alike.append(likeness(*args))
