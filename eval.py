@@ -821,14 +821,6 @@ def compare(records: dict[str, dict], markdown: bool = False) -> str:
     return grid(rows, markdown)
 
 
-def load_records(folder: Path) -> dict[str, dict]:
-    """{file name: record} of the records (copies of runs' summary.json) in a folder."""
-    records = {path.stem: load_record(path) for path in sorted(Path(folder).glob("*.json"))}
-    if not records:
-        raise InputError(f"there is no record (*.json) in {folder}")
-    return records
-
-
 def load_record(path: Path) -> dict:
     """One record; InputError if the file is something else."""
     record = read_json(path)

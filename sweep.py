@@ -125,8 +125,8 @@ SWEEPS |= {
         ["ucit", "trigap"],
         range(5),
         {
-            "one LoRA a task, task known": f"{CRAM} --buffer_share 0 --no-reuse --routing oracle",
             "sequential": f"{SEQUENTIAL} {SAME_LAYERS} --lr {{best}}",
+            "one LoRA a task, task known": f"{CRAM} --buffer_share 0 --no-reuse --routing oracle",
             "CRAM": CRAM,
             "CRAM, the paper's constants": f"{CRAM} --paper_constants",
         },
@@ -555,9 +555,10 @@ def _apart(rows, label, other, key="AP") -> str:
 
 
 def _share_of_forgetting(rows) -> str:
-    forgotten = [[r["metrics"]["AF"] for r in rows[x].values()] for x in ("CRAM", "sequential")]
-    if not all(forgotten):
+    seeds = rows["CRAM"].keys() & rows["sequential"].keys()
+    if not seeds:
         return "missing"
+    forgotten = [[rows[x][k]["metrics"]["AF"] for k in seeds] for x in ("CRAM", "sequential")]
     return f"{100 * np.mean(forgotten[0]) / np.mean(forgotten[1]):.1f}%"
 
 

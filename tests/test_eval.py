@@ -414,15 +414,13 @@ def test_records_that_do_not_belong_together(tmp_path):
     with pytest.raises(InputError, match="no row 'joint'"):
         ev.record_table(one, baseline="joint")
     ev.write_json(tmp_path / "a.json", one["a"])
-    assert ev.load_records(tmp_path) == {"a": one["a"]}
+    assert ev.load_record(tmp_path / "a.json") == one["a"]
     ev.write_json(tmp_path / "b.json", {"script": "asr"})
     with pytest.raises(InputError, match=r"b.json is no record of a run: it lacks args"):
-        ev.load_records(tmp_path)
+        ev.load_record(tmp_path / "b.json")
     (tmp_path / "b.json").write_text('{"script": "asr",\n "seed": }')
     with pytest.raises(InputError, match=r"b.json, line 2"):
-        ev.load_records(tmp_path)
-    with pytest.raises(InputError, match="no record"):
-        ev.load_records(tmp_path / "nowhere")
+        ev.load_record(tmp_path / "b.json")
 
 
 def test_groups_are_named_by_the_flags_that_differ():

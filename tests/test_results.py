@@ -62,6 +62,53 @@ def test_a_record_that_its_command_would_not_make_today_is_refused(tmp_path, mon
         sweep.records_of("report", record["stream"])
 
 
+def test_a_record_of_another_tiny_llava_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    file, _ = next(cell for cell in sweep.cells("report") if cell[0].exists())
+    record = evaluation.read_json(file) | {"model_sha256": "0" * 64}
+    monkeypatch.setattr(sweep, "RESULTS", tmp_path)
+    (tmp_path / "report").mkdir()
+    evaluation.write_json(tmp_path / "report" / file.name, record)
+    with pytest.raises(InputError, match="another tiny LLaVA"):
+        sweep.records_of("report", record["stream"])
+
+
+def test_the_table_of_all_methods_by_hand(monkeypatch):
+    """Seed 2, which one row lacks, counts in no row of that stream; a stream counts as much as
+    another, whatever its seeds; a row without records on a stream has no mean."""
+
+    def record(stream, seed, ap, seconds):
+        return {"stream": stream, "seed": seed, "metrics": {"AP": ap, "AF": ap / 10},
+                "seconds": seconds, "stored_parameters": [1000, 2000], "script": "asr",
+                "args": {}, "stages": ["a", "b"]}  # fmt: skip
+
+    def records(label, stream, seeds, ap, seconds):
+        return {label: {k: record(stream, k, ap + k, seconds) for k in seeds}}
+
+    def rows(name, stream):
+        empty = {label: {} for label in sweep.SWEEPS[name][2]}
+        if name == "all-baselines":
+            return empty | (records("ewc", "one", [0], 40.0, 30) if stream == "one" else {})
+        if stream == "one":
+            own = records("sequential", "one", range(3), 10.0, 10)
+            return empty | own | records("ASR", "one", range(2), 20.0, 20)
+        own = records("sequential", "two", [0], 50.0, 10)
+        return empty | own | records("ASR", "two", [0], 70.0, 40)
+
+    monkeypatch.setattr(sweep, "rows_of", rows)
+    monkeypatch.setattr(sweep, "ALL", ["one", "two"])
+    lines = [re.split(r"\s{2,}", line.strip()) for line in sweep.choice_table(False).split("\n")]
+    lines = {line[0]: line[1:] for line in lines}
+    assert lines["sequential"][:3] == ["10.0", "50.0", "30.0"]  # seed 0 alone: ewc has no other
+    assert lines["ewc"][:3] == ["40.0", "missing", "missing"]
+    assert lines["ASR"] == ["20.0", "70.0", "45.0", "4.5", "2.0", "0.0", "3.0"]
+    assert lines["seeds that all rows have"][:2] == ["0", "0"]
+    without_ewc = {label: {} for label in sweep.OTHERS}
+    monkeypatch.setattr(sweep, "rows_of", lambda name, s: without_ewc | rows("all", s))
+    line = sweep.choice_table(False).split("\n")[1].split()
+    assert line[:4] == ["sequential", "10.5", "50.0", "30.2"]
+
+
 def test_a_row_comes_back_from_its_command(tmp_path, monkeypatch):
     """The cheapest record, from the command printed under its table: byte-equal on the machine that
     made it, within a point elsewhere."""
