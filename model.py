@@ -835,11 +835,11 @@ def memory_table(text=64, question=24, captured=4):
         "Computed, not measured: GB (1e9 bytes); weights in bf16, adapters with gradient and AdamW",
         f"state in float32. A sample is 576 image tokens and {text} of text; asr.py alone captures",
         f"attention, of {question} question tokens in the last {captured} layers. Add 1-2 GB for",
-        "CUDA itself, temporaries and fragmentation.",
+        "CUDA itself, temporaries and fragmentation (the last column leaves 2 GB for that).",
         "",
         "| LLaVA-1.5, LoRA | checkpointing | weights | adapters | a sample | of it capture "
-        "| total, batch 1 | batch 4 | batch 16 |",
-        "|" + "---|" * 9,
+        "| total, batch 1 | batch 4 | batch 16 | samples that 24 / 48 / 80 GB hold |",
+        "|" + "---|" * 10,
     ]
     for what, (name, rank, targets) in ADAPTERS.items():
         (width, _, depth, heads), model = LLAVAS[name], llava_on_meta(name)
@@ -869,6 +869,8 @@ def memory_table(text=64, question=24, captured=4):
         ):
             totals = [weights + adapters + batch * sample for batch in (1, 4, 16)]
             cells = [f"{c / 1e9:.2f}" for c in (weights, adapters, sample, capture, *totals)]
+            free = [gb * 1e9 - 2e9 - weights - adapters for gb in (24, 48, 80)]
+            cells.append(" / ".join(str(max(0, int(room // sample))) for room in free))
             lines.append(f"| {what} | {on} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
