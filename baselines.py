@@ -86,8 +86,9 @@ def parse(argv=None):
         help="which row (default: sequential)")
     add("--buffer", type=int, default=20, metavar="N",
         help="replay: samples kept of every stage (default: 20)")
-    add("--ewc_lambda", type=float, default=1000.0, metavar="LAMBDA",
-        help="ewc: weight of sum_i F_i (theta_i - theta*_i)^2 / 2 (default: 1000, a guess)")
+    add("--ewc_lambda", type=float, default=10.0, metavar="LAMBDA",
+        help="ewc: weight of sum_i F_i (theta_i - theta*_i)^2 / 2 (default: 10, found "
+        "on mini streams)")
     add("--fisher_samples", type=int, default=100, metavar="N",
         help="ewc: samples of a stage that F is measured on (default: 100)")
     add("--lwf_lambda", type=float, default=1.0, metavar="LAMBDA",

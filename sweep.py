@@ -200,13 +200,14 @@ METHODS = {
     "MR-LoRA": f"{MR_LORA} {{fresh}} {{router}} {{cut}}",
     "joint": "baselines.py --method joint {joint} {cut}",
 }
-HIDE, MOELORA = "baselines.py --method hide {fresh} {cut}", "baselines.py --method moelora"
+OLORA, MOELORA = "baselines.py --method olora", "baselines.py --method moelora"
+HIDE = "baselines.py --method hide {fresh} {cut}"
 OTHERS = {
     "zeroshot": "baselines.py --method zeroshot {cut}",
     "replay": "baselines.py --method replay --lr {best} {cut}",
     "ewc": "baselines.py --method ewc --lr {best} {cut}",
     "lwf": "baselines.py --method lwf --lr {best} {cut}",
-    "olora": "baselines.py --method olora --lr {best} {cut}",
+    "olora": f"{OLORA} --olora_lambda 0.05 --lr {{best}} {{cut}}",
     "moelora": f"{MOELORA} --alpha 256 --lr {{best}} {{cut}}",
     "hide": f"{HIDE} --hide_sum 2 --hide_temperature 0.03",
 }
@@ -233,7 +234,10 @@ SWEEPS |= {
         {"sequential": METHODS["sequential"]}
         | {f"ewc, lambda {x}": f"{OTHERS['ewc']} --ewc_lambda {x}" for x in (1, 10, 100, 1000)}
         | {f"lwf, lambda {x}": f"{OTHERS['lwf']} --lwf_lambda {x}" for x in (0.25, 1, 4)}
-        | {f"olora, lambda {x}": f"{OTHERS['olora']} --olora_lambda {x}" for x in (0.05, 0.5)}
+        | {
+            f"olora, lambda {x}": f"{OLORA} --lr {{best}} {{cut}} --olora_lambda {x}"
+            for x in (0.05, 0.5)
+        }
         | {f"moelora, alpha {x}": f"{MOELORA} --alpha {x} --lr {{best}} {{cut}}" for x in (32, 256)}
         | {
             f"hide, W {w}, T {t}": f"{HIDE} --hide_sum {w} --hide_temperature {t}"
@@ -415,6 +419,9 @@ def outdated(record: dict, line: str) -> str:
     args, same = record["args"], SAME_NUMBERS
     if record["script"] == "mllm_cl":
         same = same | {"experts"}  # the folder of a run; in baselines.py a number
+    if record["script"] == "baselines":  # ewc_lambda is read by ewc alone
+        others = set(importlib.import_module("baselines").METHODS) - {args["method"]}
+        same = same | {key for key in args if key.split("_")[0] in others}
     for key in sorted(now.keys() & args.keys() - same):
         if now[key] is not None and evaluation.jsonable(now[key]) != args[key]:
             before.append(f"{key} {args[key]}, now {now[key]}")
