@@ -178,9 +178,10 @@ SWEEPS |= {
 # Everything on everything. dcl and acl are whole, as in the sweep mr-lora; the others are cut to 30
 # steps a stage, the same for all methods. There MR-LoRA's router takes steps of 4 kept samples, not
 # 16: with fewer steps it did not tell ten tasks apart by their questions (a look at seed 5; the
-# sweep search-router is to record it). Where the pictures differ, half of the passes did. Their learning rates come from the sweep rate-all, on a seed that is
-# not reported: {best} for adapters that go through all stages, {fresh} for methods that train new
-# ones in every stage, {joint}.
+# sweep search-router is to record it). Where the pictures differ, half of the passes did.
+# Learning rates come from the sweep rate-all, on a seed that is not reported: {best} for methods in
+# which every question passes through all that was learned, {fresh} for those that choose among
+# adapters, {joint}.
 CUT = {name: "--limit 480 --limit_test 40" for name in ("vqacl", "clt-vqa")}
 CUT |= {name: "--limit 160 --limit_test 40" for name in ("coin", "ucit", "trigap")}  # three epochs
 ALL = [*CUT, "dcl", "acl"]
