@@ -4,9 +4,9 @@ A reference script: read it from top to bottom, copy it, edit it. Its sections h
 asr.py's, whose run with both losses off is --method sequential.
 
     zeroshot    the pretrained model, tested on every stage: what there is to start from
-    sequential  one LoRA adapter trained on stage after stage: the lower bound that a method must
-                beat; the same run as `asr.py --beta 0 --gamma 0`, bit for bit
-    joint       one LoRA adapter trained on all stages at once: the upper bound, not continual
+    sequential  one LoRA adapter trained on stage after stage: what a method must beat; the same
+                run as `asr.py --beta 0 --gamma 0`, bit for bit
+    joint       one LoRA adapter trained on all stages at once: usually the ceiling, not continual
     replay      sequential, with --buffer samples of every earlier stage mixed in: what storing a
                 little data buys
     ewc         sequential, with weights held where earlier stages need them: their Fisher
@@ -28,19 +28,24 @@ asr.py's, whose run with both losses off is --method sequential.
 zeroshot and joint fill the last row of the accuracy matrix only, so they have AP and no forgetting.
 t is a stage, T the temperature of lwf and hide, theta the LoRA weights, F the Fisher information.
 
-Where they differ from their papers: ewc and lwf protect the LoRA weights alone, all others are
+Where they differ from their papers: ewc and lwf train the LoRA weights alone, all others are
 frozen. F is the mean of squared gradients for the given answers (the "empirical" one), not for
 answers drawn from the model; the quadratic terms of all stages are kept as one. lwf has no heads of
 old tasks: the words of an answer are one output layer for all stages; old and new model are
-compared word by word along the given answer, and the loss is times T^2, so that T does not change
-its weight. olora adds up absolute values as its release does (the paper has squares), and has no
-penalty on the size of the new LoRA. moelora's gates begin even; its scale is alpha / r, r the ranks
-of all experts together, as in its release; A is drawn as any LoRA's. hide adds up the products
-B_i A_i; its release adds up the B_i and the A_i, and multiplies then, so that B_i meets A_j. Its
-likeness is that of LLaVA's own frozen features (of pure text the question's alone), its release's
-that of CLIP's, and every question has weights of its own, in the release the whole batch has one;
-the projector is a LoRA or frozen and not one that all stages train. Rank, layers, rate, epochs and
---experts are the same for all methods of a stream; the releases choose them by method and by task.
+compared word by word along the given answer. Its loss is a KL divergence in place of the cross
+entropy, which has the same gradient, times T^2, so that T does not change its weight: the paper's
+weight of 1 is 1 / T^2 = 0.25 here. olora adds up absolute values as its release does (the paper has
+squares), and has no penalty on the size of the new LoRA. moelora's gates begin even; its scale is
+alpha / r, r the ranks of all experts together, as in its release; A is drawn as any LoRA's. hide
+adds up the products B_i A_i; its release adds up the B_i and the A_i, and multiplies then, so that
+B_i meets A_j. Its likeness is that of LLaVA's own frozen features (of pure text the question's
+alone), its release's that of CLIP's, and every question has weights of its own, in the release the
+whole batch has one; the projector is a LoRA or frozen and not one that all stages train. --hide_sum
+is ours: with W = n for n stages it is the release's sum, and the more stages the larger. Rank,
+layers, rate, epochs and --experts are the same for all methods of a stream; the releases choose
+them by method and by task. On the tiny model the defaults of olora and hide are what did well on
+mini streams; moelora's even gates divide its first updates by --experts, which --alpha 256 makes up
+for there.
 """
 
 import argparse
@@ -65,6 +70,7 @@ from data import (
     resolve_defaults,
     schedule,
     show_sample,
+    text_width,
     train_order,
 )
 
@@ -92,20 +98,20 @@ def parse(argv=None):
     add("--fisher_samples", type=int, default=100, metavar="N",
         help="ewc: samples of a stage that F is measured on (default: 100)")
     add("--lwf_lambda", type=float, default=1.0, metavar="LAMBDA",
-        help="lwf: weight of the distillation loss (default: 1, the paper's)")
+        help="lwf: weight of the distillation loss (default: 1, found on mini streams)")
     add("--lwf_temperature", type=float, default=2.0, metavar="T",
         help="lwf: answers are compared as softmax(logits / T) (default: 2)")
-    add("--olora_lambda", type=float, default=0.5, metavar="LAMBDA_1",
+    add("--olora_lambda", type=float, metavar="LAMBDA_1",
         help="olora: weight of the sum of |A_i A_t^T| over earlier stages i (default: 0.5, its "
-        "release's)")
+        "release's; tiny 0.05)")
     add("--experts", type=int, default=8, metavar="E",
         help="moelora: experts that share the rank (default: 8)")
-    add("--hide_temperature", type=float, default=0.1, metavar="T",
+    add("--hide_temperature", type=float, metavar="T",
         help="hide: weights of the last layer are softmax(likeness / T) (default: 0.1, its "
-        "release's)")
-    add("--hide_sum", type=float, default=math.inf, metavar="W",
+        "release's; tiny 0.03)")
+    add("--hide_sum", type=float, metavar="W",
         help="hide: in the other layers each of n LoRAs counts min(1, W / n), together at most W "
-        "(default: inf, as in its release)")
+        "(default: inf, as in its release; tiny 2)")
     add("--blind", action="store_true",
         help="at the end test with black images, too: what is known without looking")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
@@ -117,13 +123,15 @@ def parse(argv=None):
     if args.save_every < 0:
         raise InputError(f"--save_every {args.save_every} must be zero or more")
     for name in ("ewc_lambda", "lwf_lambda", "olora_lambda"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise InputError(f"--{name} {getattr(args, name)} must be zero or more")
-    above_zero = "eval_batch_size buffer fisher_samples lwf_temperature"
-    for name in (above_zero + " hide_temperature").split():
-        if not 0 < getattr(args, name) < math.inf:
-            raise InputError(f"--{name} {getattr(args, name)} must be above zero")
-    if not args.hide_sum > 0:
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise InputError(f"--{name} {value} must be zero or more")
+    above_zero = "eval_batch_size buffer fisher_samples lwf_temperature hide_temperature"
+    for name in above_zero.split():
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name} {value} must be above zero")
+    if args.hide_sum is not None and not args.hide_sum > 0:
         raise InputError(f"--hide_sum {args.hide_sum} must be above zero")
     if args.experts < 1:
         raise InputError(f"--experts {args.experts} must be 1 or more")
@@ -131,6 +139,18 @@ def parse(argv=None):
         raise InputError("--blind: hide chooses by the image; use another --method")
     if args.out is None and not args.plot:
         args.out = f"runs/{args.method}-{Path(args.stream).resolve().name}-{args.seed}"
+    return args
+
+
+def check_stream(args, stream):
+    """InputError if the experts cannot share the rank; else fills olora's and hide's numbers."""
+    if args.method == "moelora" and args.rank % args.experts:
+        raise InputError(f"cannot divide --rank {args.rank} by --experts {args.experts}")
+    tiny = text_width(args.model) < 512
+    defaults = {"olora_lambda": (0.5, 0.05), "hide_temperature": (0.1, 0.03)}
+    for name, values in (defaults | {"hide_sum": (math.inf, 2.0)}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[tiny])
     return args
 # fmt: on
 
@@ -141,7 +161,7 @@ if __name__ == "__main__":
         args = parse()
         if not args.plot:
             stream = load_stream(resolve_defaults(args))
-            run = evaluation.start_run(args, __file__)
+            run = evaluation.start_run(check_stream(args, stream), __file__)
     except InputError as error:
         fail(error)
 
@@ -348,7 +368,11 @@ def backward(model, batch, features, share, args, t):
 
 
 def evaluate_stage(model, processor, cache, collator, stage, args, title, blind=False, memory=None):
-    """Rows of eval.evaluate; blind: every image is black; memory: hide's anchors."""
+    """Rows of eval.evaluate; blind: every image is black; memory: hide's anchors.
+
+    hide answers with y = W x + s sum_i w_i B_i A_i x over its n stages: w_i = min(1, W / n) with W
+    of --hide_sum, in the last decoder layer softmax_i(likeness_i / T).
+    """
 
     def answer(samples):
         batch = to_device(collator(samples, train=False), model.device)
@@ -385,8 +409,6 @@ def main(args, stream, run):
         clock = now
 
     # ---- 7.1 The model: a frozen LLaVA with LoRA -------------------------------------------------
-    if args.method == "moelora" and args.rank % args.experts:
-        raise InputError(f"cannot divide --rank {args.rank} by --experts {args.experts}")
     model, processor, cache = set_up(args)
     me, world = processes()
     torch.manual_seed(args.seed)

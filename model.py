@@ -47,7 +47,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data import TARGETS, InputError, load_image, pad_square, text_width
+from data import TARGETS, VQA_COUNTS, InputError, load_image, pad_square, text_width
 
 # ----------------------------------------------------------------------------------------------
 # 1. Loading
@@ -739,8 +739,9 @@ def set_random_state(states):
 # 7. Several GPUs: torchrun --nproc_per_node N asr.py ... --accumulate N
 # ----------------------------------------------------------------------------------------------
 # Every process has the whole model and takes every N-th micro-batch of a step, its loss weighed by
-# its share of the whole step; then the gradients are added up, which is what torch's
-# DistributedDataParallel would do. All make the same steps; the first one alone prints and writes.
+# its share of the whole step; then the gradients are added up, where torch's
+# DistributedDataParallel takes their mean. All make the same steps; the first one alone prints and
+# writes.
 
 
 def processes():
@@ -824,7 +825,7 @@ def _kept_for_backward(function):
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def memory_table(text=64, question=24, captured=4):
+def memory_table(text=64, question=24, captured=4, answer=128):
     """Markdown table of the GPU memory that LoRA training of LLaVA-1.5 needs: computed.
 
     The models are built on torch's "meta" device: every shape and no data. Their parameters are
@@ -835,11 +836,13 @@ def memory_table(text=64, question=24, captured=4):
         "Computed, not measured: GB (1e9 bytes); weights in bf16, adapters with gradient and AdamW",
         f"state in float32. A sample is 576 image tokens and {text} of text; asr.py alone captures",
         f"attention, of {question} question tokens in the last {captured} layers. Add 1-2 GB for",
-        "CUDA itself, temporaries and fragmentation (the last column leaves 2 GB for that).",
+        "CUDA itself, temporaries and fragmentation (two columns leave 2 GB for that). In tests a",
+        f"question keeps keys and values of all layers, of up to {answer} new tokens (`acl`: 512).",
         "",
         "| LLaVA-1.5, LoRA | checkpointing | weights | adapters | a sample | of it capture "
-        "| total, batch 1 | batch 4 | batch 16 | samples that 24 / 48 / 80 GB hold |",
-        "|" + "---|" * 10,
+        "| total, batch 1 | batch 4 | batch 16 | samples that 24 / 48 / 80 GB hold "
+        "| a test question | of them 24 / 48 / 80 GB hold |",
+        "|" + "---|" * 12,
     ]
     for what, (name, rank, targets) in ADAPTERS.items():
         (width, _, depth, heads), model = LLAVAS[name], llava_on_meta(name)
@@ -862,6 +865,8 @@ def memory_table(text=64, question=24, captured=4):
         q, k = (torch.empty(1, heads, S, D, **bf16).requires_grad_() for _ in "qk")
         maps = _kept_for_backward(partial(corner.record, depth - 1, q, k, None, D**-0.5))
 
+        asked = 2 * depth * (S + answer) * width * 2 + layer  # one layer's work: at most that
+
         # With checkpointing: the input of every layer, and one layer at a time in full.
         for on, sample, capture in (
             ("on", depth * x.nbytes + layer + maps, maps),
@@ -870,7 +875,9 @@ def memory_table(text=64, question=24, captured=4):
             totals = [weights + adapters + batch * sample for batch in (1, 4, 16)]
             cells = [f"{c / 1e9:.2f}" for c in (weights, adapters, sample, capture, *totals)]
             free = [gb * 1e9 - 2e9 - weights - adapters for gb in (24, 48, 80)]
-            cells.append(" / ".join(str(max(0, int(room // sample))) for room in free))
+            held = [" / ".join(str(max(0, int(room // need))) for room in free)
+                    for need in (sample, asked)]  # fmt: skip
+            cells += [held[0], f"{asked / 1e9:.2f}", held[1]]
             lines.append(f"| {what} | {on} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -904,6 +911,14 @@ USED = 0.35  # of that: a guess, from what is common for training with checkpoin
 
 # samples of one pass over all stages, as the papers count them; ucit's are rounded
 SAMPLES = {"vqacl": 537_503, "ucit": 214_000, "dcl": 236_200, "acl": 921_400}
+SAMPLES["trigap"] = 400_000  # at most: three of its ten tasks may have fewer than 40,000
+TESTS = {  # test questions of each stage; ucit's and trigap's are 3,000 or unknown
+    "vqacl": [test for _, test in VQA_COUNTS.values()],
+    "dcl": [10_000, 9_800, 10_000, 8_200, 10_000],
+    "acl": [1000, 1000, 788, 720],
+    "ucit": 6 * [3000],
+    "trigap": 10 * [3000],
+}
 
 
 def hours_table(text=64):
@@ -914,12 +929,15 @@ def hours_table(text=64):
     layers and their attention; logits are made for the answer's few tokens only.
     """
     passes = {"100,000 samples": 1e5, "`vqacl`, 3 epochs": 3 * SAMPLES["vqacl"]}
-    passes |= {f"`{name}`, 1 epoch": SAMPLES[name] for name in ("ucit", "dcl", "acl")}
+    passes |= {f"`{name}`, 1 epoch": SAMPLES[name] for name in list(SAMPLES)[1:]}
+    answers = [f"{sum((len(n) - k) * x for k, x in enumerate(n)):,} answers on `{name}`"
+               for name, n in TESTS.items()]  # fmt: skip
     lines = [
         f"Computed, not measured: hours of training at {100 * USED:.0f}% (a guess) of the card's",
         f"dense bf16 peak, 576 image tokens and {text} of text, checkpointing on. On top come the",
         "tests, the tower's one pass per image, and for asr.py two passes over each stage (about a",
-        "third of an epoch each). -: the weights alone do not fit.",
+        "third of an epoch each). -: the weights alone do not fit. The tests after every stage",
+        f"take {', '.join(answers)} (the last two with 3,000 test questions a stage).",
         "",
         "| | " + " | ".join(f"{name}, {size} GB" for name, (size, _) in GPUS.items()) + " |",
         "|---|" + "---|" * len(GPUS),

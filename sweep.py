@@ -317,8 +317,16 @@ EXTRA["mr-lora"] = EXTRA["shots"] = EXTRA["search-router"] = {
 }
 
 
+def _routed(record):
+    """Test questions that got the right expert in the end, in percent; nan: there is no router."""
+    routed = record.get("routing_accuracy", [None])
+    return _number(routed["expert"] if isinstance(routed, dict) else routed[-1])
+
+
 for _name in ("all", "all-baselines"):
     EXTRA[_name] = {
+        "MFT": lambda r: _number(r["metrics"]["MFT"]),
+        "right expert (%)": _routed,
         "stored (1000)": lambda r: _last(r, "stored_parameters") / 1e3,
         "samples kept": _kept,
         "seconds": lambda r: r["seconds"],
@@ -690,9 +698,13 @@ def tasks_table(sweep: str, stream: str, markdown: bool) -> str:
     return evaluation.grid(lines, markdown)
 
 
+NAMES = {"zeroshot": "zero-shot", "ewc": "EWC", "lwf": "LwF", "olora": "O-LoRA"}
+NAMES |= {"moelora": "MoELoRA", "hide": "HiDe"}
+
+
 def choice_table(markdown: bool) -> str:
     """Which method? AP of every method on every stream of the sweep "all", means over the seeds;
-    then what it forgets, stores, keeps and takes, means over the streams."""
+    then what it learns, forgets, stores, keeps and takes, means over the streams."""
     labels = ("sequential", *OTHERS, "ASR", "CRAM", "MR-LoRA", "joint")
     found = {stream: rows_of("all-baselines", stream) | rows_of("all", stream) for stream in ALL}
     seeds = {s: set.intersection(*([set(x) for x in rows.values() if x] or [set()]))
@@ -700,6 +712,7 @@ def choice_table(markdown: bool) -> str:
     seconds = {s: {k: r["seconds"] for k, r in found[s]["sequential"].items()} for s in ALL}
     columns = {
         "mean AP": lambda r: r["metrics"]["AP"],
+        "MFT": EXTRA["all"]["MFT"],
         "AF": lambda r: _number(r["metrics"]["AF"]),
         **{head: EXTRA["all"][head] for head in ("stored (1000)", "samples kept")},
         "time (sequential: 1)": lambda r: r["seconds"] / seconds[r["stream"]][r["seed"]],
@@ -711,7 +724,7 @@ def choice_table(markdown: bool) -> str:
         for value in columns.values():  # of a stream, then of all streams: none counts more
             means = [np.mean([value(r) for r in some]) for some in runs if some]
             line.append(_mean(means) if all(runs) else "missing")
-        lines.append([label, *line])
+        lines.append([NAMES.get(label, label), *line])
     kept = [", ".join(map(str, sorted(seeds[s]))) or "none" for s in ALL]
     lines.append(["seeds that all rows have", *kept, *[""] * len(columns)])
     return evaluation.grid(lines, markdown)

@@ -78,7 +78,7 @@ def test_the_table_of_all_methods_by_hand(monkeypatch):
     another, whatever its seeds; a row without records on a stream has no mean."""
 
     def record(stream, seed, ap, seconds):
-        return {"stream": stream, "seed": seed, "metrics": {"AP": ap, "AF": ap / 10},
+        return {"stream": stream, "seed": seed, "metrics": {"AP": ap, "AF": ap / 10, "MFT": None},
                 "seconds": seconds, "stored_parameters": [1000, 2000], "script": "asr",
                 "args": {}, "stages": ["a", "b"]}  # fmt: skip
 
@@ -100,8 +100,8 @@ def test_the_table_of_all_methods_by_hand(monkeypatch):
     lines = [re.split(r"\s{2,}", line.strip()) for line in sweep.choice_table(False).split("\n")]
     lines = {line[0]: line[1:] for line in lines}
     assert lines["sequential"][:3] == ["10.0", "50.0", "30.0"]  # seed 0 alone: ewc has no other
-    assert lines["ewc"][:3] == ["40.0", "missing", "missing"]
-    assert lines["ASR"] == ["20.0", "70.0", "45.0", "4.5", "2.0", "0.0", "3.0"]
+    assert lines["EWC"][:3] == ["40.0", "missing", "missing"]
+    assert lines["ASR"] == ["20.0", "70.0", "45.0", "-", "4.5", "2.0", "0.0", "3.0"]
     assert lines["seeds that all rows have"][:2] == ["0", "0"]
     without_ewc = {label: {} for label in sweep.OTHERS}
     monkeypatch.setattr(sweep, "rows_of", lambda name, s: without_ewc | rows("all", s))

@@ -35,7 +35,7 @@ def run_here(script, flags, out):
     module = SCRIPTS[script]
     args = module.parse([*flags, "--out", str(out)])
     stream = data.load_stream(data.resolve_defaults(args))
-    if script in ("cram", "mllm_cl"):
+    if script != "asr":
         module.check_stream(args, stream)
     run = evaluation.start_run(args, f"{script}.py")
     module.main(args, stream, run)
