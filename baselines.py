@@ -43,9 +43,9 @@ alone), its release's that of CLIP's, and every question has weights of its own,
 whole batch has one; the projector is a LoRA or frozen and not one that all stages train. --hide_sum
 is ours: with W = n for n stages it is the release's sum, and the more stages the larger. Rank,
 layers, rate, epochs and --experts are the same for all methods of a stream; the releases choose
-them by method and by task. On the tiny model the defaults of olora and hide are what did well on
-mini streams; moelora's even gates divide its first updates by --experts, which --alpha 256 makes up
-for there.
+them by method and by task. On the tiny model the defaults of lwf, olora and hide are what did well
+on mini streams; moelora's even gates divide its first updates by --experts, which --alpha 256 makes
+up for there.
 """
 
 import argparse
@@ -97,8 +97,8 @@ def parse(argv=None):
         "on mini streams)")
     add("--fisher_samples", type=int, default=100, metavar="N",
         help="ewc: samples of a stage that F is measured on (default: 100)")
-    add("--lwf_lambda", type=float, default=1.0, metavar="LAMBDA",
-        help="lwf: weight of the distillation loss (default: 1, found on mini streams)")
+    add("--lwf_lambda", type=float, metavar="LAMBDA",
+        help="lwf: weight of the distillation loss (default: 0.25, the paper's 1 / T^2; tiny 1)")
     add("--lwf_temperature", type=float, default=2.0, metavar="T",
         help="lwf: answers are compared as softmax(logits / T) (default: 2)")
     add("--olora_lambda", type=float, metavar="LAMBDA_1",
@@ -143,12 +143,13 @@ def parse(argv=None):
 
 
 def check_stream(args, stream):
-    """InputError if the experts cannot share the rank; else fills olora's and hide's numbers."""
+    """InputError if the experts cannot share the rank; else fills the settings of lwf, olora, hide."""
     if args.method == "moelora" and args.rank % args.experts:
         raise InputError(f"cannot divide --rank {args.rank} by --experts {args.experts}")
     tiny = text_width(args.model) < 512
-    defaults = {"olora_lambda": (0.5, 0.05), "hide_temperature": (0.1, 0.03)}
-    for name, values in (defaults | {"hide_sum": (math.inf, 2.0)}).items():
+    defaults = {"lwf_lambda": (0.25, 1.0), "olora_lambda": (0.5, 0.05)}
+    defaults |= {"hide_temperature": (0.1, 0.03), "hide_sum": (math.inf, 2.0)}
+    for name, values in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, values[tiny])
     return args
