@@ -143,7 +143,7 @@ def parse(argv=None):
 
 
 def check_stream(args, stream):
-    """InputError if the experts cannot share the rank; else fills the settings of lwf, olora, hide."""
+    """InputError if the experts cannot share the rank; else fills lwf's, olora's, hide's flags."""
     if args.method == "moelora" and args.rank % args.experts:
         raise InputError(f"cannot divide --rank {args.rank} by --experts {args.experts}")
     tiny = text_width(args.model) < 512
