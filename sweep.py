@@ -310,7 +310,7 @@ EXTRA["cram-ablation"]["energy in older outputs (%)"] = lambda r: (
     100 * np.mean([x for x in r["energy"] if x is not None] or [math.nan])
 )
 EXTRA["mr-lora"] = EXTRA["shots"] = EXTRA["search-router"] = {
-    "MFT": lambda r: r["metrics"]["MFT"] if r["metrics"]["MFT"] is not None else math.nan,
+    "MFT": lambda r: _number(r["metrics"]["MFT"]),
     "routed right (%)": lambda r: _last(r, "routing_accuracy"),
     "answers": lambda r: r.get("cost", {}).get("generations", math.nan),
     "seconds": lambda r: r["seconds"],
@@ -325,7 +325,7 @@ def _routed(record):
 
 for _name in ("all", "all-baselines"):
     EXTRA[_name] = {
-        "MFT": lambda r: _number(r["metrics"]["MFT"]),
+        "MFT": EXTRA["mr-lora"]["MFT"],
         "stored (1000)": lambda r: _last(r, "stored_parameters") / 1e3,
         "samples kept": _kept,
         "seconds": lambda r: r["seconds"],
