@@ -771,6 +771,14 @@ def train_order(stage: Stage, seed: int, epoch: int, epochs: int = 1) -> list[in
     return sequence[epoch * n : (epoch + 1) * n]
 
 
+def steps_of(stage, args):
+    """The optimizer steps of a stage over all epochs, each a list of micro-batches of indices."""
+    size, micro = args.batch_size, args.batch_size // args.accumulate
+    orders = [train_order(stage, args.seed, epoch, args.epochs) for epoch in range(args.epochs)]
+    steps = [order[k : k + size] for order in orders for k in range(0, len(order), size)]
+    return [[step[m : m + micro] for m in range(0, len(step), micro)] for step in steps]
+
+
 def schedule(k: int, n: int, warm_up: float) -> float:
     """Factor of the learning rate in step k of a stage's n: rises over the first warm_up n steps,
     as each stage has a fresh AdamW, whose first steps are its worst; then a cosine to zero."""
@@ -845,6 +853,44 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--feature_gb", type=float, default=4.0, metavar="GB",
         help="how much of them to keep; 7B: 1.2 MB an image (default: 4)")
 # fmt: on
+
+
+def weight(text):
+    return float(text)
+
+
+positive, fraction, count = weight, weight, int
+
+
+def common_flags(prog, description):
+    parser = argparse.ArgumentParser(prog, description=description)
+    add_common_flags(parser)
+    parser.add_argument("--eval_batch_size", type=int, default=32)
+    return parser
+
+
+def deviations(numbers):
+    """argparse type of --published: "3,5" -> [3, 5], all of `numbers` for "all"."""
+
+    def parse(text):
+        chosen = list(numbers) if text == "all" else [int(n) for n in text.split(",") if n]
+        if not set(chosen) <= set(numbers):
+            raise argparse.ArgumentTypeError(f"choose from {', '.join(map(str, numbers))}")
+        return sorted(chosen)
+
+    return parse
+
+
+from contextlib import contextmanager
+
+
+@contextmanager
+def input_errors():
+    """Print an InputError as `error: sentence` to stderr and leave with exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        fail(error)
 
 
 def text_width(model: str) -> int:
