@@ -42,104 +42,47 @@ import torch
 from torch.nn.functional import normalize as unit
 from torch.nn.functional import one_hot
 
+import data
 import plot
-from data import (
-    InputError,
-    common_flags,
-    deviations,
-    input_errors,
-    load_image,
-    load_stream,
-    pad_square,
-    positive,
-    resolve_defaults,
-    schedule,
-    show_sample,
-    steps_of,
-    weight,
-)
+from attention import capture_attention
+from data import InputError
 from eval import SAVE_EVERY, Run
-from model import LLaVA, capture_attention
+from model import LLaVA, to_device
 
 # --------------------------------------------------------------------------------------------------
 # 1. Flags
 # --------------------------------------------------------------------------------------------------
 
 PUBLISHED = (1, 2, 3, 4, 5, 6, 7, 8, 16)  # deviations of docs/asr.md that --published takes back
+WAYS = {  # Eq. 5: how the skills of a question are known, and what a prototype belongs to
+    "skills": ["parser", "stream", "shared"],
+    "posterior": ["soft", "hard"],
+    "prototypes": ["gaussian", "mean", "task", "global"],
+    "spectrum": ["full", "raw", "radial", "angular"],
+}
 
 
 def parse(argv=None):
     """All flags, defaults filled in; InputError if one makes no sense."""
-    parser = common_flags("asr.py", __doc__.split("\n")[0])
-    add = parser.add_argument_group("ASR").add_argument
-    add("--beta", type=weight, default=0.5, help="weight of L_spec, Eq. 29 (default: 0.5)")
-    add(
-        "--gamma",
-        type=weight,
-        default=0.05,
-        help="weight of L_geo, Eq. 29; it compares the samples of one micro-batch (default: 0.05)",
-    )
-    add(
-        "--lambda_ang",
-        type=weight,
-        default=0.1,
-        metavar="LAMBDA",
-        help="weight of the angular profile in L_spec, Eq. 23 (default: 0.1)",
-    )
-    add(
-        "--tau",
-        type=float,
-        default=1.0,
-        help="of the weight w = exp(-min_s D2_s / tau), Eq. 24; inf: w = 1 (default: 1)",
-    )
-    add(
-        "--skills",
-        default="parser",
-        choices=["stream", "parser", "shared"],
-        help="Eq. 5: the data's kinds of questions, known; guessed from frozen question embeddings;"
-        " or a fixed list, by question words (default: parser)",
-    )
-    add(
-        "--posterior",
-        default="soft",
-        choices=["soft", "hard"],
-        help="pi as it is, or one-hot, Eq. 5 (default: soft)",
-    )
-    add(
-        "--prototypes",
-        default="gaussian",
-        choices=["gaussian", "mean", "task", "global"],
-        help="mean and variance per skill; mean per skill; one per stage; one for everything "
-        "(default: gaussian)",
-    )
-    add(
-        "--spectrum",
-        default="full",
-        choices=["full", "raw", "radial", "angular"],
-        help="phi is: all; the map without Fourier transform; r only; d only (default: full)",
-    )
-    add(
-        "--layers",
-        type=int,
-        default=4,
-        metavar="L",
-        help="last decoder layers whose attention is captured (default: 4)",
-    )
-    add(
-        "--published",
-        nargs="?",
-        const="all",
-        default="",
-        metavar="N,N",
-        help=f"as the paper or its code does it: deviations {PUBLISHED} of docs/asr.md, or some",
-    )
+    parser = data.common_flags("asr.py", __doc__.split("\n")[0])
+    add = parser.add_argument_group("ASR (first choice: default)").add_argument
+    add("--beta", type=data.weight, default=0.5, help="of L_spec, Eq. 29 (default: 0.5)")
+    add("--gamma", type=data.weight, default=0.05, help="of L_geo, Eq. 29 (default: 0.05)")
+    add("--lambda_ang", type=data.weight, default=0.1, help="of d in L_spec, Eq. 23 (default: 0.1)")
+    add("--tau", type=float, default=1.0, help="w = exp(-min_s D2_s / tau), Eq. 24 (default: 1)")
+    add("--skills", choices=WAYS["skills"], help="guessed, known, or by question words, Eq. 5")
+    add("--posterior", choices=WAYS["posterior"], help="pi as it is, or one-hot, Eq. 5")
+    add("--prototypes", choices=WAYS["prototypes"], help="mean and variance per skill; or ...")
+    add("--spectrum", choices=WAYS["spectrum"], help="phi: all; maps without Fourier; r; d only")
+    add("--layers", type=data.count, default=4, help="last layers that are captured (default: 4)")
+    data.published_flag(add, PUBLISHED)
+    parser.set_defaults(**{name: choices[0] for name, choices in WAYS.items()})
     args = parser.parse_args(argv)
-    args.published = deviations(PUBLISHED)(args.published)
-    if not args.tau > 0 or args.layers < 1:
-        raise InputError(f"--tau {args.tau} and --layers {args.layers} must be above zero")
+    if not args.tau > 0:
+        raise InputError(f"--tau {args.tau} must be above zero")
     if 16 in args.published and args.warm_up is None:
         args.warm_up = 0.0
-    return args if args.plot else resolve_defaults(args)
+    return args if args.plot else data.resolve_defaults(args)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -356,14 +299,6 @@ def skill_posterior(samples, t, args, skills, parser=None, questions=None, learn
     return pi * torch.tensor([[sample.image is not None] for sample in samples])
 
 
-def question_embeddings(llava, samples):
-    """Mean of the frozen input embeddings of each question's tokens: [N, width] float32, CPU."""
-    table = llava.model.get_input_embeddings().weight.detach().cpu()
-    cores = [question_core(sample.question) for sample in samples]
-    ids = llava.processor.tokenizer(cores, add_special_tokens=False)["input_ids"]
-    return torch.stack([table[torch.tensor(row)].float().mean(0) for row in ids])
-
-
 def update_parser(parser, questions, samples, skills):
     """Take questions [N, width] into the running means of their skills, "centroid" [S, width]."""
     if parser is None:
@@ -378,23 +313,17 @@ def update_parser(parser, questions, samples, skills):
     return parser
 
 
-def new_prototypes(S, D, M):
-    """An empty memory, 2 D + M + 1 floats per skill. With --skills parser a centroid is kept, too:
-    nothing else is known of the past."""
-    return {
-        "mean": torch.zeros(S, D),
-        "var": torch.ones(S, D),
-        "angular": torch.full((S, M), 1 / M),
-        "count": torch.zeros(S),
-    }
-
-
 def update_prototypes(memory, phi, angular, pi, floor=0.0):
-    """Eqs. 15-20 after a stage: phi [N, D], angular [N, M] and pi [N, S] change `memory` in place.
+    """Eqs. 15-20 after a stage, from phi [N, D], angular [N, M], pi [N, S]; returns the memory.
 
     The samples with pi_s > TAU_SKILL give skill s a mean, an unbiased variance (at least `floor`)
-    and a mean angular profile: as they are the first time, later a share 1 - EMA of them.
+    and a mean angular profile: as they are the first time, later a share 1 - EMA of them. That is
+    2 D + M + 1 floats per skill (and a centroid with --skills parser): all that is kept.
     """
+    if memory is None:
+        S, D, M = pi.shape[1], phi.shape[1], angular.shape[1]
+        memory = {"mean": phi.new_zeros(S, D), "var": phi.new_ones(S, D)}
+        memory |= {"angular": phi.new_full((S, M), 1 / M), "count": phi.new_zeros(S)}
     for s in range(pi.shape[1]):
         chosen = pi[:, s] > TAU_SKILL
         if not chosen.any():
@@ -406,6 +335,7 @@ def update_prototypes(memory, phi, angular, pi, floor=0.0):
         for name, value in new.items():
             memory[name][s] = old_share * memory[name][s] + (1 - old_share) * value
         memory["count"][s] += chosen.sum()
+    return memory
 
 
 def prototype_variance(memory, shape="gaussian", published=()):
@@ -441,7 +371,8 @@ def spectral_loss(phi, angular, pi, memory, args):
         L_spec = mean_b w_b ( sum_s pi_bs D2_bs + lambda_ang sum_s pi_bs symKL(d_b, d_s) )
         D2_bs  = sum_i (phi_bi - mu_si)^2 / var_si / D [9]          w_b = exp(-min_s D2_bs / tau)
 
-    phi [B, D], angular [B, M], pi [B, S] -> L_spec, mean distance to the nearest prototype, mean w.
+    phi [B, D], angular [B, M], pi [B, S] -> {"spectral": L_spec, "distance": mean D2 to the nearest
+    prototype, "weight": mean w}, the last two for the log.
     Skills without a prototype add nothing and do not enter the minimum; at least one must have one.
     """
     seen = memory["count"] > 0
@@ -457,12 +388,12 @@ def spectral_loss(phi, angular, pi, memory, args):
         count = (pi.sum(1) > 0).sum().clamp(min=1)
         pi = normalize(pi)
     loss = (w * (pi * (D2 + lambda_ang * KL)).sum(1)).sum() / count
-    return loss, nearest.detach().mean(), w.detach().mean()
+    return {"spectral": loss, "distance": nearest.detach().mean(), "weight": w.detach().mean()}
 
 
 def embeddings(output, batch):
     """Mean of the last hidden states over image tokens and over question tokens: two [B, width]."""
-    hidden = output.hidden_states[-1].float()  # [B, S, width]
+    hidden = output.last_hidden_state.float()  # [B, S, width]
     masks = [batch[name][:, :, None] for name in ("image_mask", "question_mask")]
     return [(hidden * mask).sum(1) / mask.sum(1).clamp(min=1) for mask in masks]
 
@@ -481,7 +412,7 @@ def geometry_loss(image, text, image_0, text_0):
 # 5. Looking at a batch, at a stage, at the questions of a test
 # --------------------------------------------------------------------------------------------------
 
-CASES, SIDE = 3, 112  # for figure 9: test questions per stage whose map is kept, image in pixels
+CASES = 3  # for figure 9: test questions per stage whose map is kept
 
 
 def capture(llava, batch, args):
@@ -498,8 +429,19 @@ def attention_maps(captured, llava):
     return attention.unflatten(-1, llava.grid), words
 
 
-def stage_descriptors(llava, samples, args):
-    """phi [N, D] and angular [N, M] of a stage's training samples under the present model, CPU."""
+def reference_embeddings(llava, samples, args):
+    """L_geo's two vectors of each sample from the pretrained model: [N, 2, width] on the CPU."""
+
+    def look(batch):
+        return [torch.stack(embeddings(llava.forward(batch), batch), 1)]
+
+    llava.model.eval()
+    with llava.lora_off():
+        return llava.over(samples, args.eval_batch_size, look)[0]
+
+
+def remember(memory, llava, samples, pi, args):
+    """One more look at a stage's training samples makes the prototypes (Eqs. 15-20)."""
 
     def look(batch):
         with capture(llava, batch, args) as captured:
@@ -507,14 +449,9 @@ def stage_descriptors(llava, samples, args):
             maps = attention_maps(captured, llava)
         return descriptor(*maps, args.spectrum, args.published)[:2]
 
-    return llava.over(samples, args.eval_batch_size, look)
-
-
-def reference_embeddings(llava, samples, args):
-    """L_geo's two vectors of each sample from the pretrained model: [N, 2, width] on the CPU."""
-    with llava.lora_off():
-        look = lambda batch: [torch.stack(embeddings(llava.forward(batch), batch), 1)]  # noqa: E731
-        return llava.over(samples, args.eval_batch_size, look)[0]
+    phi, angular = llava.over(samples, args.eval_batch_size, look)  # [N, D], [N, M]
+    new = to_device([phi, angular, pi], llava.device)
+    return update_prototypes(memory, *new, floor=1e-4 if 7 in args.published else 0.0)
 
 
 def answer(llava, args, shown, samples):
@@ -536,13 +473,6 @@ def answer(llava, args, shown, samples):
     return texts, notes
 
 
-def thumbnails(samples):
-    """The images of test questions, for figure 9: [N, 112, 112, 3] uint8; white without one."""
-    images = [s.image and pad_square(load_image(s.image), (127,) * 3) for s in samples]
-    blank = np.full((SIDE, SIDE, 3), 255, np.uint8)
-    return np.stack([np.array(i.resize((SIDE, SIDE))) if i else blank for i in images])
-
-
 # --------------------------------------------------------------------------------------------------
 # 6. The run
 # --------------------------------------------------------------------------------------------------
@@ -550,117 +480,97 @@ def thumbnails(samples):
 
 def main(args):
     """Train on every stage in turn; after each, test on all stages seen so far."""
-    stream = load_stream(args)
+    stream = data.load_stream(args)
     run = Run(args, stream, "asr")  # its folder: log, matrix, answers, checkpoint, record
     llava = LLaVA(args)  # frozen
     if args.layers > llava.depth:
         raise InputError(f"--layers {args.layers}: this language model has {llava.depth}")
     torch.manual_seed(args.seed)
     lora = llava.add_lora(args)  # one adapter, trained through all stages
-    show_sample(stream.stages[0].train[0], llava.processor)
+    data.show_sample(stream.stages[0].train[0], llava.processor)
 
     skills, memory, parser = skill_names(args, stream), None, None
     shown = {(stage.name, s.id) for stage in stream.stages for s in stage.test[:CASES]}
     first, begin = 0, 0  # the stage and the step to start from
     if state := run.resume():
         llava.load_lora(state["lora"])
-        (first, begin), memory, parser = state["at"], state["memory"], state["parser"]
-        memory = memory and {name: x.to(llava.device) for name, x in memory.items()}
+        (first, begin), parser = state["at"], state["parser"]
+        memory = to_device(state["memory"], llava.device)
 
     for t, stage in list(enumerate(stream.stages))[first:]:
         # What the losses need to know about the new samples, all of it from frozen weights.
         pi = questions = reference = None
         if args.beta:  # Eq. 5: which skills does each question need?
-            questions = question_embeddings(llava, stage.train)
+            questions = llava.text_means([question_core(s.question) for s in stage.train]).cpu()
             if args.skills == "parser" and not begin:
                 parser = update_parser(parser, questions, stage.train, skills)
             pi = skill_posterior(stage.train, t, args, skills, parser, questions).to(llava.device)
         if args.gamma:  # how the pretrained model embeds images and questions, [N, 2, width]
-            llava.model.eval()
             reference = reference_embeddings(llava, stage.train, args)
             run.lap("reference")
         # The first stage has nothing to protect.
         beta = args.beta if memory and memory["count"].any() else 0.0
 
         # Train. A step is a few micro-batches; each adds its share to the gradient.
+        steps = data.steps_of(stage, args)
         optimizer = torch.optim.AdamW(lora, lr=args.lr, weight_decay=0.01)  # [12]
         if begin:
             optimizer.load_state_dict(state["optimizer"])
-        steps = steps_of(stage, args)
         llava.model.train()
         for k in run.steps(t, len(steps), begin):
-            lr = optimizer.param_groups[0]["lr"] = args.lr * schedule(k, len(steps), args.warm_up)
+            lr = args.lr * data.schedule(k, len(steps), args.warm_up)
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
-            log = Counter(loss=0.0)  # adds up over the micro-batches
+            log = Counter()  # adds up over the micro-batches
             for batch in llava.micro_batches(stage.train, steps[k]):
-                L_spec = L_geo = distance = w = torch.zeros(())
+                terms = dict.fromkeys(
+                    ("spectral", "distance", "weight", "geometry"), torch.tensor(0)
+                )
                 with capture(llava, batch, args) if beta else nullcontext() as captured:
                     output = llava.forward(batch)
-                    loss = L_task = output.loss * batch["token_share"]  # [14]
+                    terms["task"] = output.loss * batch["token_share"]  # [14]
                     if beta:
                         maps = attention_maps(captured, llava)
-                        phi, angular, _ = descriptor(*maps, args.spectrum, args.published)
-                        terms = spectral_loss(phi, angular, pi[batch["index"]], memory, args)
-                        L_spec, distance, w = (x * batch["sample_share"] for x in terms)
-                        loss = loss + beta * L_spec
+                        looks = descriptor(*maps, args.spectrum, args.published)
+                        spectral = spectral_loss(*looks[:2], pi[batch["index"]], memory, args)
+                        terms |= {name: x * batch["sample_share"] for name, x in spectral.items()}
                     if args.gamma:
                         before = reference[batch["index"]].to(llava.device).unbind(1)
-                        L_geo = geometry_loss(*embeddings(output, batch), *before)
-                        L_geo = L_geo * batch["sample_share"]
-                        loss = loss + args.gamma * L_geo
-                    loss.backward()  # inside: checkpointing runs the captured layers again
-                log.update(
-                    loss=loss.item(),
-                    task=L_task.item(),
-                    spectral=L_spec.item(),
-                    geometry=L_geo.item(),
-                    distance=distance.item(),
-                    weight=w.item(),
-                )
+                        geometry = geometry_loss(*embeddings(output, batch), *before)
+                        terms["geometry"] = geometry * batch["sample_share"]
+                    L = terms["task"] + beta * terms["spectral"] + args.gamma * terms["geometry"]
+                    L.backward()  # inside: checkpointing runs the captured layers again; Eq. 29
+                log.update({name: x.item() for name, x in terms.items()} | {"loss": L.item()})
             log = llava.sync(lora, log)
             norm = torch.nn.utils.clip_grad_norm_(lora, 1.0).item()
             run.log(t, lr=lr, gradient_norm=norm, **log)  # stops the run at a nan
             optimizer.step()
             if (k + 1) % SAVE_EVERY == 0:
-                run.save(
-                    (t, k + 1),
-                    lora=llava.lora_state(),
-                    memory=memory,
-                    parser=parser,
-                    optimizer=optimizer.state_dict(),
-                )
+                memories = {"memory": memory, "parser": parser}
+                run.save((t, k + 1), optimizer, lora=llava.lora_state(), **memories)
         begin = 0
 
-        # One more look at the training data makes the prototypes (Eqs. 15-20); then it is gone.
+        # One more look at the training data makes the prototypes; then it is gone.
         llava.model.eval()
         if args.beta:
-            phi, angular = (x.to(llava.device) for x in stage_descriptors(llava, stage.train, args))
-            if memory is None:
-                memory = new_prototypes(len(skills), phi.shape[1], angular.shape[1])
-                memory = {name: x.to(llava.device) for name, x in memory.items()}
             pi = skill_posterior(stage.train, t, args, skills, parser, questions, learned=True)
-            floor = 1e-4 if 7 in args.published else 0.0  # [7]: see prototype_variance
-            update_prototypes(memory, phi, angular, pi.to(llava.device), floor)
+            memory = remember(memory, llava, stage.train, pi, args)
             run.lap("prototypes")
 
         # Test on all stages seen so far; how the questions looked is kept for the figures.
         run.test(t, partial(answer, llava, args, shown))
-        run.note(**{f"{t + 1}-{t + 1}-picture": thumbnails(stage.test[:CASES])})
+        run.note(**{f"{t + 1}-{t + 1}-picture": plot.thumbnails(stage.test[:CASES])})
         run.save((t + 1, 0), lora=llava.lora_state(), memory=memory, parser=parser)
 
     llava.save_lora(run.folder / "lora")
     trained = sum(p.numel() for p in lora)
-    prototypes = [*(memory or {}).values(), *(parser or {}).values()]
-    run.finish(
-        trainable_parameters=trained,
-        skills=skills if args.beta else [],
-        stored_parameters=trained + sum(x.numel() for x in prototypes),
-        drift=plot.drift(run.folder),
-    )
+    stored = sum(x.numel() for x in [*(memory or {}).values(), *(parser or {}).values()])
+    facts = {"trainable_parameters": trained, "stored_parameters": trained + stored}
+    run.finish(drift=plot.drift(run.folder), skills=skills if args.beta else [], **facts)
     plot.asr([run.folder])
 
 
 if __name__ == "__main__":
-    with input_errors():
+    with data.input_errors():
         args = parse()
         plot.asr(args.plot, args.out) if args.plot else main(args)

@@ -67,74 +67,36 @@ def parse(argv=None):
         "--routing_features",
         default="llava",
         metavar="NAME",
-        help="what is routed by: llava, the model's own frozen features, or a CLIP model (default: llava)",
+        help="or a CLIP model (default: llava)",
     )
     add(
-        "--buffer_share",
-        type=data.fraction,
-        default=0.05,
-        metavar="SHARE",
-        help="of a stage's steps in the buffer; 0: no buffer (default: 0.05)",
+        "--buffer_share", type=data.fraction, default=0.05, help="of steps; 0: none (default: 0.05)"
     )
     add(
         "--tau_alloc",
         type=data.weight,
-        metavar="TAU",
-        help="directions with s S_i above it are worth keeping (default: 0.08; tiny model 0.13)",
+        help="least s S_i of a direction (default: 0.08; tiny 0.13)",
     )
-    add(
-        "--sigma_share",
-        type=data.positive,
-        default=1 / 3,
-        metavar="SHARE",
-        help="sigma as a share of the median distance between centroids (default: 1/3)",
-    )
-    add(
-        "--lambda_orth",
-        type=data.weight,
-        default=1.0,
-        metavar="LAMBDA",
-        help="weight of L_orth (default: 1)",
-    )
-    add(
-        "--routing",
-        default="centroid",
-        choices=["centroid", "uniform", "oracle"],
-        help="inside a group: by RBF; evenly; in tests the stage's own expert, known (default: centroid)",
-    )
-    add(
-        "--no-reuse",
-        dest="reuse",
-        action="store_false",
-        help="one expert per task, trained and used alone",
-    )
-    add(
-        "--fixed_rank",
-        action="store_true",
-        help="keep the r_max strongest directions, novel or not",
-    )
+    add("--sigma_share", type=data.positive, default=1 / 3, help="of centroids' distance (1/3)")
+    add("--lambda_orth", type=data.weight, default=1.0, help="weight of L_orth (default: 1)")
+    ways = ["centroid", "uniform", "oracle"]
+    add("--routing", choices=ways, default="centroid", help="inside a group (default: centroid)")
+    add("--no-reuse", dest="reuse", action="store_false", help="experts are trained and used alone")
+    add("--fixed_rank", action="store_true", help="keep the r_max strongest directions as they are")
     add("--no-grouping", dest="grouping", action="store_false", help="one group for all stages")
-    add(
-        "--published",
-        nargs="?",
-        const="all",
-        default="",
-        metavar="N,N",
-        help="as the paper or its code does it",
-    )
+    data.published_flag(add, PUBLISHED)
     args = parser.parse_args(argv)
-    args.published = data.deviations(PUBLISHED)(args.published)
     if args.plot:
         return args
     args.rank = args.rank or (10 if args.stream == "trigap" else 9)
     args.alpha = args.alpha or 2.0 * args.rank
-    tiny = data.text_width(args.model) < 512
     if args.tau_alloc is None:
+        tiny = data.text_width(args.model) < 512
         args.tau_alloc = 0.13 if tiny and 12 not in args.published else 0.08
     if args.routing == "uniform" and not args.reuse:
         raise InputError("--routing uniform with --no-reuse: of even weights none is the largest")
     if "projector" in args.targets.split(","):
-        raise InputError("--targets projector: CRAM's projector stays frozen [3]")
+        raise InputError("--targets projector: CRAM's projector stays frozen, leave it out")
     if not R_MIN <= args.rank <= BUFFER_RANK:
         raise InputError(f"--rank {args.rank} must lie between {R_MIN} and {BUFFER_RANK}")
     return data.resolve_defaults(args)
@@ -145,63 +107,48 @@ def parse(argv=None):
 # --------------------------------------------------------------------------------------------------
 
 
-class RoutingFeatures:
-    """A batch -> u [B, d] of its instructions and q [B, c] of its images, on the CPU.
+def llava_features(llava, batch):
+    """A batch -> u [B, d] of its instructions and q [B, c] of its images, by the model itself [6].
 
-    The model's own [6]: u is the mean token embedding of the question, suffix and all, less the
-    mean of the embedding table; q is the mean of the tower's features. With the name of a CLIP
-    model: its projected text and image embeddings. q is nan for pure text.
+    u: mean token embedding of the question, suffix and all, less the mean of the embedding table;
+    q: mean feature of the frozen tower, nan for pure text.
     """
+    center = llava.model.get_input_embeddings().weight.float().mean(0)
+    u = llava.text_means([sample.question for sample in batch["samples"]]) - center
+    return u.cpu(), llava.image_means(batch, math.nan).cpu()
 
-    def __init__(self, llava, name):
-        self.llava, self.clip = llava, None
-        self.table = llava.model.get_input_embeddings().weight
-        self.center = self.table.float().mean(0).cpu()
-        self.d = len(self.center)
-        self.c = llava.model.model.multi_modal_projector.linear_1.in_features
-        if name != "llava":
-            try:
-                self.clip = CLIPModel.from_pretrained(name, use_safetensors=True)
-                self.clip_processor = CLIPProcessor.from_pretrained(name, backend="pil")
-            except Exception as error:  # no folder, no network, other shapes: many kinds
-                line = str(error).strip().split("\n")[0]
-                raise InputError(f"--routing_features {name}: no CLIP model: {line}") from None
-            self.d = self.c = self.clip.config.projection_dim
-            # of a question that is too long the end stays: it says the form of the answer
-            tokenizer, text = self.clip_processor.tokenizer, self.clip.config.text_config
-            tokenizer.truncation_side = "left"
-            tokenizer.model_max_length = text.max_position_embeddings
-            self.clip.requires_grad_(False).to(llava.device).eval()
+
+class ClipFeatures:
+    """The same by a CLIP model, as published: its projected embeddings of question and image."""
+
+    def __init__(self, name, device):
+        try:
+            self.clip = CLIPModel.from_pretrained(name, use_safetensors=True)
+            self.processor = CLIPProcessor.from_pretrained(name, backend="pil")
+        except Exception as error:  # no folder, no network, other shapes: many kinds
+            line = str(error).strip().split("\n")[0]
+            raise InputError(f"--routing_features {name}: no CLIP model: {line}") from None
+        # Of a question that is too long the end stays: it says the form of the answer.
+        self.processor.tokenizer.truncation_side = "left"
+        longest = self.clip.config.text_config.max_position_embeddings
+        self.text = {"return_tensors": "pt", "padding": True, "truncation": True}
+        self.text["max_length"] = longest
+        self.clip.requires_grad_(False).to(device).eval()
 
     @torch.no_grad()
     def __call__(self, batch):
-        samples = batch["samples"]
-        questions = [sample.question for sample in samples]
-        pictured = [sample.image is not None for sample in samples]
-        q = torch.full((len(samples), self.c), math.nan)
-        if self.clip:
-            text = self.clip_processor(
-                text=questions, return_tensors="pt", padding=True, truncation=True
-            )
-            u = _embedding(self.clip.get_text_features(**text.to(self.llava.device)))
-            if any(pictured):
-                images = [data.load_image(sample.image) for sample in samples if sample.image]
-                images = self.clip_processor(images=images, return_tensors="pt")
-                q[pictured] = _embedding(
-                    self.clip.get_image_features(**images.to(self.llava.device))
-                )
-            return u, q
-        ids = self.llava.processor.tokenizer(questions, add_special_tokens=False)["input_ids"]
-        rows = [self.table[torch.tensor(row, device=self.table.device)] for row in ids]
-        u = torch.stack([row.float().mean(0).cpu() for row in rows]) - self.center
+        def embedding(output):  # a tensor, or an object that holds it
+            return getattr(output, "pooler_output", output).float().cpu()
+
+        samples, device = batch["samples"], self.clip.device
+        text = self.processor(text=[sample.question for sample in samples], **self.text)
+        u = embedding(self.clip.get_text_features(**text.to(device)))
+        q, pictured = torch.full_like(u, math.nan), [s.image is not None for s in samples]
         if any(pictured):
-            q[pictured] = batch["features"].float().mean(1).cpu()  # over patches
+            images = [data.load_image(sample.image) for sample in samples if sample.image]
+            images = self.processor(images=images, return_tensors="pt").to(device)
+            q[pictured] = embedding(self.clip.get_image_features(**images))
         return u, q
-
-
-def _embedding(output):
-    """[N, d] float32 on the CPU of what CLIP returns: a tensor, or an object that holds it."""
-    return getattr(output, "pooler_output", output).float().cpu()
 
 
 def choose_group(u, prototypes, most=99, lead_is_enough=False):
@@ -279,14 +226,15 @@ def weights_for(u, q, memory, args, expert=None):
 # --------------------------------------------------------------------------------------------------
 
 
-def new_memory(features_of):
-    """Per stage its group and centroid; per group the sum and number of its instructions."""
-    memory = {"group": torch.zeros(0, dtype=torch.long), "centroid": torch.zeros(0, features_of.c)}
-    return memory | {"prototype": torch.zeros(0, features_of.d), "count": torch.zeros(0)}
-
-
 def join_group(memory, u, q, args, T):
-    """Put a new stage with features u [N, d], q [N, c] into a group, and note its mean image [8]."""
+    """Put a new stage with features u [N, d], q [N, c] into a group, and note its mean image [8].
+
+    memory: "group" and "centroid" per stage; "prototype" and "count" per group, the sum of its
+    instructions and their number.
+    """
+    if not memory:
+        memory |= {"group": torch.zeros(0, dtype=torch.long), "centroid": q[:0]}
+        memory |= {"prototype": u[:0], "count": torch.zeros(0)}
     means = memory["prototype"] / memory["count"][:, None]
     most = 5 if 13 in args.published and args.stream == "ucit" else T
     g = choose_group(u.mean(0), means, most if args.grouping else 1, 11 in args.published)
@@ -321,7 +269,7 @@ class ExpertLinear(nn.Module):
         self.register_buffer("owner", torch.zeros(0, dtype=torch.long, device=device))
         self.new_A = self.new_B = None
         self.old_outputs = None  # orthonormal basis [D_out, m] of the group's older B
-        self.leak = None  # this layer's part of L_orth in the last forward pass
+        self.inside = None  # this layer's part of L_orth in the last forward pass
 
     def forward(self, x):
         y, routing = self.base(x), self.routing
@@ -336,9 +284,10 @@ class ExpertLinear(nn.Module):
             newest = owner.new_full((len(self.new_A),), routing.weights.shape[1] - 1)
             owner = torch.cat([owner, newest])
         pi = routing.weights[:, owner] * self.scale  # [B, R]
-        if routing.image_mask is not None and self.old_outputs is not None and self.leak is None:
-            # (a checkpointed layer comes by again in backward; the first result stays)
-            self.leak = self.outputs_inside_old(x.detach())
+        if routing.image_mask is not None and self.old_outputs is not None:
+            inside = self.outputs_inside_old(x.detach())
+            # A checkpointed layer comes by again in backward; the first result stays.
+            self.inside = inside if self.inside is None else self.inside
         return (y + F.linear(F.linear(z, A) * pi[:, None], B)).to(y.dtype)
 
     def outputs_inside_old(self, x):
@@ -460,12 +409,20 @@ def warm_up_steps(steps, args):
 # --------------------------------------------------------------------------------------------------
 
 
-def orthogonality_loss(layers):
-    """Mean over all adapted layers of what the last forward pass has left; clears it."""
-    leaks = [layer.leak for layer in layers if layer.leak is not None]
+def tell(routing, layers, batch, pi, gamma, args):
+    """Before a micro-batch: tell the layers its weights, and whether to watch their outputs."""
+    routing.weights = None if routing.buffer else pi[batch["index"]]
+    routing.gamma = gamma[batch["index"]]
+    watch = args.lambda_orth > 0 and not routing.buffer
+    routing.image_mask = batch["image_mask"] if watch else None
     for layer in layers:
-        layer.leak = None
-    return torch.stack(leaks).sum() / len(layers) if leaks else torch.zeros(())
+        layer.inside = None
+
+
+def orthogonality_loss(layers):
+    """Mean over all adapted layers of what the last forward pass has left: L_orth."""
+    inside = [layer.inside for layer in layers if layer.inside is not None]
+    return torch.stack(inside).sum() / len(layers) if inside else torch.tensor(0.0)
 
 
 def shared_energy(layer):
@@ -477,19 +434,36 @@ def shared_energy(layer):
     return float(torch.trace(inside.T @ inside @ gram) / whole.clamp(min=1e-30))
 
 
-def note_costs(costs, layers, older, gamma, memory, args):
-    """Note what the new expert costs, and how much of it lies where older ones write; freeze it."""
+def freeze(layers, older, gamma, memory, args):
+    """Freeze the trained pairs as the newest expert; returns what it cost, and how much of it lies
+    where the older experts of its group write."""
     inside = [shared_energy(layer) for layer in layers if older]
-    costs["energy"].append(float(np.mean(inside)) if inside else math.nan)
     trained = sum(layer.new_A.numel() + layer.new_B.numel() for layer in layers)
-    costs["trained_parameters"].append(trained)
-    costs["old_experts_weight"].append(float(gamma.mean()))
-    costs["sigma"].append(sigma_of(args, memory["centroid"]))
     for layer in layers:
-        layer.freeze(len(costs["energy"]) - 1)
+        layer.freeze(len(memory["group"]) - 1)
     experts = sum(layer.A.numel() + layer.B.numel() for layer in layers)
-    stored = experts + memory["centroid"].numel() + memory["prototype"].numel()
-    costs["stored_parameters"].append(stored)
+    return {
+        "energy": float(np.mean(inside)) if inside else math.nan,
+        "trained_parameters": trained,
+        "old_experts_weight": float(gamma.mean()),
+        "sigma": sigma_of(args, memory["centroid"]),
+        "stored_parameters": experts + memory["centroid"].numel() + memory["prototype"].numel(),
+    }
+
+
+def summary(layers, memory, facts, args):
+    """For the record: groups, ranks [T, layers], routing accuracy, the most that was trained."""
+    groups = memory["group"].tolist()
+    ranks = [layer.owner.bincount(minlength=len(groups)) for layer in layers]
+    per_rank = sum(layer.base.in_features + layer.base.out_features for layer in layers)
+    most = BUFFER_RANK if args.buffer_share else args.rank
+    return {
+        "groups": groups,
+        "ranks": torch.stack(ranks, 1).tolist(),
+        "per_rank": per_rank,
+        "trainable_parameters": per_rank * most,
+        "routing_accuracy": routing_accuracy(facts, groups),
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -537,19 +511,11 @@ def main(args):
     layers, routing = add_experts(llava, args)  # layers that can hold experts; none yet
     data.show_sample(stream.stages[0].train[0], llava.processor)
 
-    features_of = RoutingFeatures(llava, args.routing_features)
+    features_of = partial(llava_features, llava)
+    if args.routing_features != "llava":
+        features_of = ClipFeatures(args.routing_features, llava.device)
     names = [stage.name for stage in stream.stages]
-    memory, costs = new_memory(features_of), None  # groups, prototypes, centroids; lists by stage
-    costs = {
-        name: []
-        for name in (
-            "energy",
-            "trained_parameters",
-            "old_experts_weight",
-            "sigma",
-            "stored_parameters",
-        )
-    }
+    memory, costs = {}, {}  # groups, prototypes, centroids; what every stage cost
     first, begin = 0, 0  # the stage and the step to start from
     if state := run.resume():
         load_experts(layers, state["experts"])
@@ -561,25 +527,22 @@ def main(args):
         run.lap("features")
         if not begin:
             join_group(memory, u, q, args, len(names))
-        g = int(memory["group"][t])
-        older = [k for k in range(t) if memory["group"][k] == g] if args.reuse else []
-        pi = weights_for(u, q, memory, args, expert=t)[1]  # level 2, [N, t + 1]
+        group = memory["group"]
+        older = [k for k in range(t) if group[k] == group[t]] if args.reuse else []
+        pi = weights_for(u, q, memory, args, expert=t)[1].to(llava.device)  # level 2, [N, t + 1]
         gamma = pi[:, older].sum(1)  # [N], the weight of older experts
+        print(f"{stage.name}: group {group[t] + 1}, {100 * gamma.mean():.1f}% to older experts")
         for layer in layers:
             layer.old_outputs = basis(layer.B[:, layer.rows_of(older)])
 
         # Train. A step is a few micro-batches; each adds its share to the gradient.
         steps = data.steps_of(stage, args)
         warm = warm_up_steps(len(steps), args)  # so many in the buffer, the rest in the expert
-        print(
-            f"{stage.name}: group {g + 1}, {len(older)} older experts with {100 * gamma.mean():.1f}% of the weight, {warm} of {len(steps)} steps in the buffer"
-        )
-        if begin:
-            lora = [p for layer in layers for p in (layer.new_A, layer.new_B)]
-        else:
+        if not begin:
             seed_by(f"{args.seed}/{stage.name}")
-            rank = BUFFER_RANK if warm else args.rank
-            lora = [p for layer in layers for p in layer.fresh_pair(rank)]
+            for layer in layers:
+                layer.fresh_pair(BUFFER_RANK if warm else args.rank)
+        lora = [p for layer in layers for p in (layer.new_A, layer.new_B)]
         optimizer = torch.optim.AdamW(lora, lr=args.lr, weight_decay=0.01)
         if begin:
             optimizer.load_state_dict(state["optimizer"])
@@ -589,58 +552,40 @@ def main(args):
                 lora = shrink_buffers(layers, older, args)
                 optimizer = torch.optim.AdamW(lora, lr=args.lr, weight_decay=0.01)
             routing.buffer = k < warm
-            lr = optimizer.param_groups[0]["lr"] = args.lr * data.schedule(
-                k, len(steps), args.warm_up
-            )
+            lr = args.lr * data.schedule(k, len(steps), args.warm_up)
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
-            log = Counter(loss=0.0)  # adds up over the micro-batches
+            log = Counter()  # adds up over the micro-batches
             for batch in llava.micro_batches(stage.train, steps[k]):
-                routing.weights = None if routing.buffer else pi[batch["index"]].to(llava.device)
-                routing.gamma = gamma[batch["index"]].to(llava.device)
-                penalty = args.lambda_orth > 0 and not routing.buffer
-                routing.image_mask = batch["image_mask"] if penalty else None
-                L_task = llava.forward(batch).loss * batch["token_share"]
-                L_orth = orthogonality_loss(layers).to(llava.device) * batch["sample_share"]
-                loss = L_task + args.lambda_orth * L_orth
-                loss.backward()
-                orthogonality_loss(layers)
-                log.update(loss=loss.item(), task=L_task.item(), orthogonality=L_orth.item())
+                tell(routing, layers, batch, pi, gamma, args)
+                terms = {"task": llava.forward(batch).loss * batch["token_share"]}
+                terms["orthogonality"] = orthogonality_loss(layers) * batch["sample_share"]
+                L = terms["task"] + args.lambda_orth * terms["orthogonality"]
+                L.backward()
+                log.update({name: x.item() for name, x in terms.items()} | {"loss": L.item()})
             log = llava.sync(lora, log)
             norm = torch.nn.utils.clip_grad_norm_(lora, 1.0).item()
-            run.log(t, lr=lr, gradient_norm=norm, **log)  # stops the run at a nan
+            phase = "buffer" if routing.buffer else "expert"
+            run.log(t, lr=lr, gradient_norm=norm, **log, phase=phase)  # stops the run at a nan
             optimizer.step()
             if (k + 1) % SAVE_EVERY == 0:
-                run.save(
-                    (t, k + 1),
-                    experts=experts_state(layers),
-                    memory=memory,
-                    costs=costs,
-                    optimizer=optimizer.state_dict(),
-                )
+                memories = {"memory": memory, "costs": costs}
+                run.save((t, k + 1), optimizer, experts=experts_state(layers), **memories)
         begin = 0
 
         # The new expert is frozen.
         llava.model.eval()
         routing.buffer, routing.weights, routing.image_mask = False, None, None
-        note_costs(costs, layers, older, gamma, memory, args)
+        for name, value in freeze(layers, older, gamma, memory, args).items():
+            costs.setdefault(name, []).append(value)
 
         # Test on all stages seen so far; the route of every question is kept for the figures.
         run.test(t, partial(answer, llava, args, names, memory, routing, features_of))
         run.save((t + 1, 0), experts=experts_state(layers), memory=memory, costs=costs)
 
-    ranks = torch.stack([layer.owner.bincount(minlength=len(names)) for layer in layers], 1)
-    per_rank = sum(layer.base.in_features + layer.base.out_features for layer in layers)
-    buffer = per_rank * BUFFER_RANK if args.buffer_share else 0
     torch.save({"experts": experts_state(layers), "memory": memory}, run.folder / "experts.pt")
-    run.finish(
-        trainable_parameters=max(buffer, *costs["trained_parameters"]),
-        groups=memory["group"].tolist(),
-        ranks=ranks.tolist(),
-        per_rank=per_rank,
-        instructions=[stage.train[0].question.split("\n")[-1] for stage in stream.stages],
-        routing_accuracy=routing_accuracy(run.facts, memory["group"].tolist()),
-        **costs,
-    )
+    instructions = [stage.train[0].question.split("\n")[-1] for stage in stream.stages]
+    run.finish(**summary(layers, memory, run.facts, args), **costs, instructions=instructions)
     plot.cram([run.folder])
 
 

@@ -881,6 +881,13 @@ def deviations(numbers):
     return parse
 
 
+def published_flag(add, numbers):
+    """The flag --published: all, or some, of the deviations that a script can take back."""
+    listed = ",".join(map(str, numbers))
+    add("--published", nargs="?", const=listed, default="", type=deviations(numbers), metavar="N,N",
+        help=f"as published: take back the deviations {listed} of its docs page, or some of them")
+
+
 from contextlib import contextmanager
 
 

@@ -29,6 +29,8 @@ import argparse
 import json
 import math
 import os
+import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -42,7 +44,7 @@ import torch
 from tqdm import tqdm
 
 from data import InputError, input_errors
-from model import peak_memory, processes, random_state, set_random_state, share_out
+from model import processes, share_out
 from scorers import caption_scores, score
 
 # --------------------------------------------------------------------------------------------------
@@ -211,8 +213,10 @@ class Run:
         self.lap("start")
         return state
 
-    def save(self, at, **state):
+    def save(self, at, optimizer=None, **state):
         """Write a checkpoint, whole or not at all. at: where to go on, (stage, step inside it)."""
+        if optimizer:
+            state["optimizer"] = optimizer.state_dict()
         state |= {"at": at, "run_step": self.step, "seconds": self.seconds}
         state |= {"matrix": torch.tensor(np.stack([self.matrix, self.matrix_novel]))}
         state |= {"threads": torch.get_num_threads(), "random": random_state()}
@@ -295,6 +299,28 @@ class Run:
 # --------------------------------------------------------------------------------------------------
 # 4. Files of a run folder
 # --------------------------------------------------------------------------------------------------
+
+
+def random_state():
+    """torch's generators, the only ones drawn from while training (LoRA's dropout)."""
+    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *gpu]
+
+
+def set_random_state(states):
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state(states[1])
+
+
+def peak_memory():
+    """The most memory in use so far, in MB: of the GPU if one was used, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e6
+    if sys.platform == "linux":  # getrusage there counts the process that started this one too
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
 
 
 def versions():

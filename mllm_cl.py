@@ -27,7 +27,6 @@ logit [2], and on the tiny model a kept sample loses its image in every second p
 """
 
 import argparse
-import json
 import math
 import random
 from collections import Counter
@@ -42,8 +41,8 @@ import torch.nn.functional as F
 import data
 import plot
 from data import LETTERS, InputError
-from eval import SAVE_EVERY, Run, read_run, write_json
-from model import LLaVA, read_lora, seed_by, set_random_state, share_out
+from eval import SAVE_EVERY, Run, read_run, set_random_state
+from model import LLaVA, read_lora, seed_by, share_out
 
 # --------------------------------------------------------------------------------------------------
 # 1. Flags
@@ -55,37 +54,18 @@ def parse(argv=None):
     parser = data.common_flags("mllm_cl.py", __doc__.split("\n")[0])
     parser.set_defaults(stream="dcl")
     add = parser.add_argument_group("MR-LoRA").add_argument
+    ways = ["mllm", "generate", "prototype", "oracle"]
     add(
         "--router",
+        choices=ways,
         default="mllm",
-        choices=["mllm", "generate", "prototype", "oracle"],
-        help="who picks the expert: the model, by logits; by what it says; the nearest mean of frozen features; the task, known (default: mllm)",
+        help="who picks the expert: the model, by logits; "
+        "by what it says; the nearest mean of frozen features; the task, known (default: mllm)",
     )
-    add(
-        "--shots",
-        type=data.count,
-        default=20,
-        metavar="N",
-        help="samples kept of every task, for the router (default: 20)",
-    )
-    add(
-        "--router_lr",
-        type=data.positive,
-        metavar="ETA",
-        help="peak learning rate of the router (default: 5e-6; tiny model 4e-3)",
-    )
-    add(
-        "--router_epochs",
-        type=data.count,
-        metavar="E",
-        help="passes over the kept samples (default: 40; tiny model 10)",
-    )
-    add(
-        "--router_batch",
-        type=data.count,
-        metavar="B",
-        help="samples per step of the router (default: 32; tiny model 16)",
-    )
+    add("--shots", type=data.count, default=20, help="samples kept of every task (default: 20)")
+    add("--router_lr", type=data.positive, help="peak rate (default: 5e-6; tiny model 4e-3)")
+    add("--router_epochs", type=data.count, help="over kept samples (default: 40; tiny model 10)")
+    add("--router_batch", type=data.count, help="samples per step (default: 32; tiny model 16)")
     add(
         "--blind_shots",
         action=argparse.BooleanOptionalAction,
@@ -110,26 +90,24 @@ SHAPING = "stream model seed order epochs lr batch_size limit rank alpha targets
 
 
 def check(args, stream):
-    """InputError if the router lacks letters or descriptions, or --experts RUN has other experts."""
+    """InputError if the router lacks letters or descriptions, or the experts of --experts differ."""
     if len(stream.stages) > len(LETTERS):
         raise InputError(f"{len(stream.stages)} tasks, but only {len(LETTERS)} letters: use fewer")
-    for stage in stream.stages:
-        if args.router in ("mllm", "generate") and not stream.descriptions.get(stage.name):
-            raise InputError(
-                f"task {stage.name} has no description for the router: add "
-                f'"descriptions" to {stream.root}/stream.json'
-            )
-        if len(stage.train) < args.shots and args.router != "oracle":
-            print(f"note: {stage.name} has only {len(stage.train)} samples, all of them are kept")
+    nameless = [s.name for s in stream.stages if not stream.descriptions.get(s.name)]
+    if args.router in ("mllm", "generate") and nameless:
+        raise InputError(
+            f"task {nameless[0]} has no description for the router: add "
+            f'"descriptions" to {stream.root}/stream.json'
+        )
     if args.experts:
         record = read_run(args.experts)
-        if record["script"] != "mllm_cl" or "seconds_by_part" not in record:
+        if record["script"] != "mllm_cl" or "seconds" not in record:
             raise InputError(f"--experts {args.experts} is no finished run of mllm_cl.py")
         for key in SHAPING:
-            old, new = record["args"][key], getattr(args, key)
-            if old != new:
+            was, now = record["args"][key], getattr(args, key)
+            if was != now:
                 raise InputError(
-                    f"--experts {args.experts} was trained with --{key} {old}, not {new}"
+                    f"--experts {args.experts} was trained with --{key} {was}, not {now}"
                 )
 
 
@@ -207,19 +185,12 @@ def letter_logits(llava, batch, ids, place):
     return logits[length.cumsum(0) - length + place][:, ids].float().cpu()
 
 
-@torch.no_grad()
 def frozen_features(llava, batch):
     """[B, d] for --router prototype: mean tower feature of the image and mean token embedding of
     the question, each of unit length; zeros for a missing image."""
-    table, rows = llava.model.get_input_embeddings().weight, []
-    images = batch["features"]
-    pooled = iter([] if images is None else F.normalize(images.float().mean(1)).cpu())
-    width = llava.model.config.vision_config.hidden_size
-    for sample in batch["samples"]:
-        ids = llava.processor.tokenizer(asked(sample), add_special_tokens=False)["input_ids"]
-        u = F.normalize(table[torch.tensor(ids, device=table.device)].float().mean(0), dim=0).cpu()
-        rows.append(torch.cat([next(pooled) if sample.image else torch.zeros(width), u]))
-    return torch.stack(rows)
+    images = llava.image_means(batch, 0.0)
+    texts = llava.text_means([asked(sample) for sample in batch["samples"]])
+    return torch.cat([F.normalize(images), F.normalize(texts)], 1).cpu()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -231,20 +202,23 @@ def frozen_features(llava, batch):
 class Team:
     """What there is to answer with after a stage."""
 
-    names: list  # of the tasks
+    names: list  # of all tasks
     descriptions: list  # one line per task
-    experts: list = field(default_factory=list)  # a lora_state per task, on the CPU [7]
+    experts: list = field(default_factory=list)  # a lora_state per task so far, on the CPU [7]
     router: dict | None = None  # lora_state of the trained router
-    letters: list = field(default_factory=list)
     prototypes: list = field(default_factory=list)  # [d] per task, for --router prototype
     answers: dict = field(default_factory=dict)  # (stage, sample id, expert) -> text [1]
     cost: Counter = field(default_factory=Counter)  # generations, router_passes, failures
 
+    def state(self):
+        """For a checkpoint; experts and router are in files of their own."""
+        return {name: getattr(self, name) for name in ("prototypes", "answers", "cost")}
 
-def shots_of(stage, n, seed):
-    """n training samples of a task (all, if it has fewer), drawn by the seed and its name."""
-    chosen = random.Random(f"shots/{seed}/{stage.name}")
-    return chosen.sample(stage.train, min(n, len(stage.train)))
+
+def shots_of(stage, args):
+    """--shots training samples of a task (all, if it has fewer), drawn by the seed and its name."""
+    rng = random.Random(f"shots/{args.seed}/{stage.name}")
+    return rng.sample(stage.train, min(args.shots, len(stage.train)))
 
 
 def router_steps(n, t, args):
@@ -261,14 +235,31 @@ def router_steps(n, t, args):
     return [[step[m : m + micro] for m in range(0, len(step), micro)] for step in steps]
 
 
-def router_lessons(stages, team, args):
-    """The kept samples of all stages so far as the router sees them, then once more imageless."""
-    shots = [
-        (s, k) for k, stage in enumerate(stages) for s in shots_of(stage, args.shots, args.seed)
-    ]
-    samples, tasks = zip(*shots)
-    lessons = router_samples(samples, tasks, team.descriptions[: len(stages)], team.letters)
-    return lessons + [replace(lesson, image=None) for lesson in lessons]
+def keep_expert(llava, team, stage, run, args):
+    """The trained adapter becomes the stage's expert: on the CPU [7], and in a file."""
+    if args.experts:  # made by another run; its time counts as if it had been trained here
+        record = read_run(args.experts)
+        llava.load_lora(read_lora(Path(args.experts) / "experts" / stage.name))
+        each = record["seconds_by_part"]["expert"] / len(record["stages"])
+        run.seconds["expert"] = each * (len(team.experts) + 1)
+    team.experts.append(llava.lora_state())
+    llava.save_lora(run.folder / "experts" / stage.name)
+    if args.router == "prototype":
+        features = frozen_features(llava, llava.batch(shots_of(stage, args), train=True))
+        team.prototypes.append(features.mean(0))
+
+
+def lessons(half, t, stream, team, args):
+    """What one half of a stage trains on: samples, steps, learning rate; no steps: nothing."""
+    stages = stream.stages[: t + 1]
+    if half == "expert":
+        return stages[t].train, [] if args.experts else data.steps_of(stages[t], args), args.lr
+    if t == 0 or args.router not in ("mllm", "generate"):
+        return [], [], args.router_lr
+    shots = [(s, k) for k, stage in enumerate(stages) for s in shots_of(stage, args)]
+    samples = router_samples(*zip(*shots), team.descriptions, letters_of(t + 1, args.seed))
+    imageless = [replace(sample, image=None) for sample in samples]
+    return samples + imageless, router_steps(len(samples), t, args), args.router_lr
 
 
 # --------------------------------------------------------------------------------------------------
@@ -277,40 +268,44 @@ def router_lessons(stages, team, args):
 
 
 def by_length(samples, size):
-    """Lists of at most `size` samples, longest questions first: little padding."""
-    order = sorted(samples, key=lambda sample: -len(sample.question))
+    """Lists of at most `size` indices of samples, longest questions first: little padding."""
+    order = sorted(range(len(samples)), key=lambda n: -len(samples[n].question))
     return [order[k : k + size] for k in range(0, len(order), size)]
 
 
 def choose(llava, team, args, samples):
-    """The probability [N, t + 1] of every expert for every sample; 1 for the only one."""
+    """The probability [N, E] of each of the E experts so far for every sample."""
     N, E = len(samples), len(team.experts)
-    if E == 1 or args.router == "oracle":
-        return np.eye(E)[[team.names.index(sample.stage) if E > 1 else 0 for sample in samples]]
+    if args.router == "oracle":
+        return np.eye(E)[[team.names.index(sample.stage) for sample in samples]]
+    if E == 1:
+        return np.ones((N, 1))
     if args.router == "prototype":
         features = llava.over(samples, 64, lambda batch: [frozen_features(llava, batch)])[0]
-        likeness = F.normalize(features) @ F.normalize(torch.stack(team.prototypes)).T
+        likeness = F.normalize(features) @ F.normalize(torch.stack(team.prototypes)).T  # [N, E]
         return (20 * likeness).softmax(1).numpy()
     llava.load_lora(team.router)
-    prompts = router_samples(samples, [0] * N, team.descriptions[:E], team.letters)
-    ids, place = letter_ids(llava.collate, prompts[0], team.letters)
+    letters = letters_of(E, args.seed)
+    prompts = router_samples(samples, [0] * N, team.descriptions, letters)
+    ids, place = letter_ids(llava.collate, prompts[0], letters)
 
-    def ask(batch):
-        letters = [None] * len(batch)
+    def ask(order):
+        batch = [prompts[n] for n in order]
+        words = [None] * len(batch)
         if args.router == "generate":
             texts = llava.generate(llava.batch(batch, train=False), 16)
-            letters = [letter_said(text, team.letters) for text in texts]
+            words = [letter_said(text, letters) for text in texts]
+            if None not in words:  # no need for the logits
+                return np.eye(E)[[letters.index(word) for word in words]], 0
         rows = letter_logits(llava, llava.batch(batch, train=True), ids, place).softmax(1).numpy()
-        for b, letter in enumerate(letters):
-            if letter:
-                rows[b] = np.eye(E)[team.letters.index(letter)]
-        return rows, sum(letter is None for letter in letters)
+        for row, word in zip(rows, words):
+            row[:] = row if word is None else np.eye(E)[letters.index(word)]
+        return rows, words.count(None) if args.router == "generate" else 0
 
-    probability, row_of = np.zeros((N, E)), {id(prompt): k for k, prompt in enumerate(prompts)}
-    batches = by_length(prompts, args.eval_batch_size)
-    for batch, (rows, failures) in zip(batches, share_out(ask, batches)):
-        probability[[row_of[id(prompt)] for prompt in batch]] = rows
-        team.cost["failures"] += failures if args.router == "generate" else 0
+    probability, batches = np.zeros((N, E)), by_length(prompts, args.eval_batch_size)
+    for order, (rows, failures) in zip(batches, share_out(ask, batches)):
+        probability[order] = rows
+        team.cost["failures"] += failures
     team.cost["router_passes"] += N
     return probability
 
@@ -326,14 +321,31 @@ def answer(llava, team, args, run, samples):
     keys = [(sample.stage, sample.id, k) for sample, k in zip(samples, choice)]
     for k in sorted(set(choice)):  # one switch per expert
         new = [s for s, key in zip(samples, keys) if key[2] == k and key not in team.answers]
-        if new:
-            llava.load_lora(team.experts[k])
-        batches = by_length(new, args.eval_batch_size)
+        if not new:
+            continue
+        llava.load_lora(team.experts[k])
+        batches = [[new[n] for n in order] for order in by_length(new, args.eval_batch_size)]
         for batch, texts in zip(batches, share_out(llava.answer, batches)):
             team.answers |= {(s.stage, s.id, k): text for s, text in zip(batch, texts)}
         team.cost["generations"] += len(new)
     notes = [{"choice": k, "probability": row} for k, row in zip(choice, probability)]
     return [team.answers[key] for key in keys], notes
+
+
+def summary(run, team, lora):
+    """For the record: who was sent where after each stage, what is stored, what it cost."""
+    T, each = len(team.experts), sum(p.numel() for p in lora)
+    confusion = np.zeros((T, T, T))  # [stage, task, chosen expert]
+    for t, i in zip(*np.tril_indices(T)):
+        confusion[t, i] = np.bincount(run.facts[f"{t + 1}-{i + 1}-choice"], minlength=T)
+    return {
+        "trainable_parameters": each,
+        "stored_parameters": each * (T + (team.router is not None)),
+        "confusion": confusion,
+        "routing_accuracy": [100 * np.trace(c) / c.sum() for c in confusion],
+        "cost": dict(team.cost),
+        "letters": letters_of(T, run.args.seed),
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -347,38 +359,28 @@ def main(args):
     check(args, stream)
     run = Run(args, stream, "mllm_cl")  # its folder: log, matrix, answers, checkpoint, record
     llava = LLaVA(args)  # frozen
-    lora = llava.add_lora(args)  # one adapter: now an expert, now the router
+    lora = llava.add_lora(args)  # one adapter: an expert, or the router
     data.show_sample(stream.stages[0].train[0], llava.processor)
 
-    names, T = [stage.name for stage in stream.stages], len(stream.stages)
+    names = [stage.name for stage in stream.stages]
     team = Team(names, [stream.descriptions.get(name, "") for name in names])
-    trains_router = args.router in ("mllm", "generate")
-    first, phase, begin = 0, "expert", 0  # the stage, its half and the step to start from
+    first, half, begin = 0, 0, 0  # the stage, its half and the step to start from
     if state := run.resume():
-        first, phase, begin = state["at"]
-        team.prototypes, team.answers = state["prototypes"], state["answers"]
-        team.cost = Counter(state["cost"])
-        for name in names[: first + (phase == "router")]:
+        first, half, begin = state["at"]
+        team.prototypes, team.answers, team.cost = (
+            state["prototypes"],
+            state["answers"],
+            state["cost"],
+        )
+        for name in names[: first + half]:
             team.experts.append(read_lora(run.folder / "experts" / name))
 
     for t, stage in list(enumerate(stream.stages))[first:]:
-        # Train twice: the expert on the stage, then a router on the kept samples of all stages.
-        # Both start from the pretrained model [6].
-        for phase in ("expert", "router") if phase == "expert" else ("router",):
-            if phase == "expert":
-                samples, steps, peak = stage.train, data.steps_of(stage, args), args.lr
-                name = f"expert-{stage.name}"
-                if args.experts:
-                    steps = []
-            else:
-                team.letters = letters_of(t + 1, args.seed)
-                if not (t and trains_router):
-                    continue
-                samples = router_lessons(stream.stages[: t + 1], team, args)
-                steps, peak = router_steps(len(samples) // 2, t, args), args.router_lr
-                name = f"router-{t + 1}"
-            # An adapter's randomness hangs on its name alone: experts do not depend on the order.
-            seed_by(f"{args.seed}/{name}")
+        # Train twice, from the pretrained model [6]: an expert, then a router for all experts.
+        for h, phase in list(enumerate(("expert", "router")))[half:]:
+            samples, steps, peak = lessons(phase, t, stream, team, args)
+            # What is drawn hangs on the name alone: no expert depends on the order of the stages.
+            seed_by(f"{args.seed}/{phase}-{t + 1 if h else stage.name}")
             lora = llava.add_lora(args)
             optimizer = torch.optim.AdamW(lora, lr=peak, weight_decay=0.0)
             if begin:
@@ -387,71 +389,36 @@ def main(args):
                 set_random_state(state["random"])
             llava.model.train()
             for k in run.steps(t, len(steps), begin, f"{stage.name} {phase}"):
-                lr = optimizer.param_groups[0]["lr"] = peak * data.schedule(
-                    k, len(steps), args.warm_up
-                )
+                lr = peak * data.schedule(k, len(steps), args.warm_up)
+                optimizer.param_groups[0]["lr"] = lr
                 optimizer.zero_grad()
-                log = Counter(loss=0.0)  # adds up over the micro-batches
+                log = Counter()  # adds up over the micro-batches
                 for batch in llava.micro_batches(samples, steps[k]):
-                    loss = llava.forward(batch).loss * batch["token_share"]
-                    loss.backward()
-                    log.update(loss=loss.item())
+                    L = llava.forward(batch).loss * batch["token_share"]
+                    L.backward()
+                    log.update(loss=L.item())
                 log = llava.sync(lora, log)
                 norm = torch.nn.utils.clip_grad_norm_(lora, 1.0).item()
-                run.log(t, lr=lr, gradient_norm=norm, **log, phase=phase)  # stops at a nan
+                run.log(t, lr=lr, gradient_norm=norm, **log, phase=phase)  # stops the run at a nan
                 optimizer.step()
                 if (k + 1) % SAVE_EVERY == 0:
-                    run.save(
-                        (t, phase, k + 1),
-                        lora=llava.lora_state(),
-                        optimizer=optimizer.state_dict(),
-                        prototypes=team.prototypes,
-                        answers=team.answers,
-                        cost=dict(team.cost),
-                    )
+                    run.save((t, h, k + 1), optimizer, lora=llava.lora_state(), **team.state())
             begin = 0
-            if phase == "router":
+            if phase == "expert":
+                keep_expert(llava, team, stage, run, args)
+                run.save((t, 1, 0), **team.state())
+            elif steps:
                 team.router = llava.lora_state()
                 llava.save_lora(run.folder / "router")
-                write_json(run.folder / "router" / "letters.json", dict(zip(team.letters, names)))
-                continue
-            if args.experts:
-                llava.load_lora(read_lora(Path(args.experts) / "experts" / stage.name))
-            team.experts.append(llava.lora_state())
-            llava.save_lora(run.folder / "experts" / stage.name)
-            if args.router == "prototype":
-                shots = shots_of(stage, args.shots, args.seed)
-                team.prototypes.append(frozen_features(llava, llava.batch(shots, True)).mean(0))
-            run.save(
-                (t, "router", 0),
-                prototypes=team.prototypes,
-                answers=team.answers,
-                cost=dict(team.cost),
-            )
-        phase = "expert"
+        half = 0
 
         # Test on all stages seen so far; the router's choices are kept for the figures.
         llava.model.eval()
         run.test(t, partial(answer, llava, team, args, run), whole=True)
-        run.save(
-            (t + 1, "expert", 0),
-            prototypes=team.prototypes,
-            answers=team.answers,
-            cost=dict(team.cost),
-        )
+        run.note(**{f"{t + 1}-{t + 1}-picture": plot.thumbnails(stage.test[:2], 96)})
+        run.save((t + 1, 0, 0), **team.state())
 
-    confusion = np.zeros((T, T, T))  # [stage, task, chosen expert]
-    for t, i in zip(*np.tril_indices(T)):
-        confusion[t, i] = np.bincount(run.facts[f"{t + 1}-{i + 1}-choice"], minlength=T)
-    right = [100 * np.trace(c) / max(c.sum(), 1) for c in confusion]
-    each = sum(p.numel() for p in lora)
-    run.finish(
-        trainable_parameters=each,
-        stored_parameters=each * (T + (T > 1 and trains_router)),
-        confusion=confusion,
-        routing_accuracy=right,
-        cost=dict(team.cost),
-    )
+    run.finish(**summary(run, team, lora))
     plot.mllm_cl([run.folder])
 
 

@@ -1,4 +1,4 @@
-"""The model side of every script: a frozen LLaVA, LoRA, and a window into its attention.
+"""The model side of every script: a frozen LLaVA and LoRA.
 
 A LLaVA is three parts in a row. A vision tower cuts the image into P patches and gives one vector
 per patch; a two-layer projector maps each vector to the width of the language model; a decoder-only
@@ -7,15 +7,15 @@ LLaVA-1.5-7B (Liu et al. 2023, arXiv 2310.03744): CLIP ViT-L/14 at 336 px, so P 
 vectors of 1024 numbers; Llama with 32 layers of 4096. Nothing below assumes these parts or sizes:
 they are read from the config, and the tests run the same code on SigLIP + Qwen2.
 
-    1. LLaVA                 what every script calls: batches, forward, generate, LoRA
-    2. LoRA                  LoRALinear, target_paths, peft's file format
-    3. Tower features        FeatureCache: the frozen tower sees every image once
-    4. Attention capture     capture_attention
-    5. torchrun              processes, gather, share_out
-    6. Loading and counting  load_llava, seed_by, random_state, peak_memory
+    1. LLaVA              what every script calls: batches, forward, generate, LoRA
+    2. LoRA               LoRALinear, target_paths, read_lora
+    3. Tower features     FeatureCache: the frozen tower sees every image once
+    4. Loading, torchrun  load_llava, start_process, gather, share_out
 
-Letters in shapes: B batch, S sequence, P image tokens, T question tokens (most in the batch),
-L captured layers, H heads, D width of a head, C width of the tower, N answer tokens, V vocabulary.
+attention.py is the window into its attention that asr.py looks through.
+
+Letters in shapes: B batch, S sequence, P image tokens, C width of the tower, N answer tokens,
+V vocabulary.
 """
 
 import atexit
@@ -23,7 +23,6 @@ import json
 import os
 import random
 import re
-import resource
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,16 +34,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoProcessor
 from transformers import LlavaForConditionalGeneration as Llava
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from attention import one_pass_per_block
 from data import TARGETS, Collator, InputError, load_image, pad_square, text_width
 
 # --------------------------------------------------------------------------------------------------
 # 1. LLaVA
 # --------------------------------------------------------------------------------------------------
+
+
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": None}
+GREEDY |= {"temperature": None, "top_p": None, "top_k": None}
 
 
 class LLaVA:
@@ -68,6 +69,10 @@ class LLaVA:
         self.device = self.model.device
         if self.device.type != "cpu":
             self.checkpoint_activations()
+        tokenizer, eos = self.processor.tokenizer, self.model.generation_config.eos_token_id
+        eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.end_tokens = {"eos_token_id": sorted(eos), "pad_token_id": pad}
         vision = self.model.config.vision_config
         self.grid = (vision.image_size // vision.patch_size,) * 2
         self.depth = self.model.config.text_config.num_hidden_layers
@@ -79,17 +84,9 @@ class LLaVA:
 
     def checkpoint_activations(self):
         """In train mode keep only the input of each decoder layer; run the layer again in backward.
-
-        use_reentrant=False: the older variant silently drops the gradient of captured maps.
-        """
-        language_model = self.model.model.language_model
-        language_model.activation_checkpointing_enable({"use_reentrant": False})
-
-    def train(self):
-        self.model.train()
-
-    def eval(self):
-        self.model.eval()
+        use_reentrant=False: the older variant silently drops the gradient of captured maps."""
+        layers = self.model.model.language_model
+        layers.activation_checkpointing_enable({"use_reentrant": False})
 
     # ---- batches ---------------------------------------------------------------------------------
 
@@ -97,7 +94,7 @@ class LLaVA:
         """Samples -> the Collator's tensors on the device, with "samples" and with "features"
         [images, P, C] of those samples that have an image (None if none has)."""
         batch = self.collate(samples, train)
-        batch = {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        batch = to_device(batch, self.device)
         images = [sample.image for sample in samples if sample.image is not None]
         return batch | {"samples": samples, "features": self.features(images) if images else None}
 
@@ -134,6 +131,24 @@ class LLaVA:
         columns = zip(*share_out(look_at, range(0, len(samples), size)))
         return [torch.cat(column) for column in columns]
 
+    @torch.no_grad()
+    def text_means(self, texts):
+        """Mean of the frozen input embeddings of each text's tokens: [N, width] float32."""
+        table = self.model.get_input_embeddings().weight
+        ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = [table[torch.tensor(row, device=self.device)] for row in ids]
+        return torch.stack([row.float().mean(0) for row in rows])
+
+    @torch.no_grad()
+    def image_means(self, batch, missing):
+        """Mean tower feature of each image, over patches: [B, C] float32; `missing` without one."""
+        shape = len(batch["samples"]), self.model.config.vision_config.hidden_size
+        means = torch.full(shape, missing, device=self.device)
+        if batch["features"] is not None:
+            pictured = [sample.image is not None for sample in batch["samples"]]
+            means[pictured] = batch["features"].float().mean(1)
+        return means
+
     def sync(self, parameters, log):
         """Between backward and clipping: under torchrun every process gets the sum of all
         gradients (DistributedDataParallel would take their mean), and of the numbers to log."""
@@ -154,16 +169,15 @@ class LLaVA:
         tokens = self.model.model.multi_modal_projector(features)
         return {"image": BaseModelOutputWithPooling(pooler_output=list(tokens))}
 
-    def forward(self, batch, **kwargs):
-        """One pass over a batch. Returns the output object of transformers with
-          hidden_states   the last is [B, S, width], after the final norm; with
-                          output_hidden_states=True those of all layers before it, too
-          logits, loss    with batch["labels"] the logits [N, V] of the N answer tokens, sample
-                          after sample, and their mean cross-entropy; else [B, S, V] and None
+    def forward(self, batch):
+        """One pass over a batch. Returns the output object of transformers, with
+          last_hidden_state   [B, S, width], after the final norm
+          logits, loss        with batch["labels"] the logits [N, V] of the N answer tokens, sample
+                              after sample, and their mean cross-entropy; else [B, S, V] and None
         Only answer tokens go through the output layer: the logits of a whole 7B sample and their
         gradient would be 640 x 32,064 floats several times over, nearly all multiplied by zero.
         """
-        _one_pass_per_block()
+        one_pass_per_block()
         mask, labels = batch["attention_mask"], batch.get("labels")
         output = self.model.model(
             input_ids=batch["input_ids"],
@@ -171,10 +185,8 @@ class LLaVA:
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),  # counted from the first real token
             mm_encoder_outputs=self._image_inputs(batch["features"]),
             use_cache=False,
-            **kwargs,
         )
         hidden = output.last_hidden_state
-        output.hidden_states = output.hidden_states or (hidden,)
         if labels is None:
             output.logits, output.loss = self.model.lm_head(hidden), None
         else:
@@ -189,29 +201,17 @@ class LLaVA:
 
         An open capture_attention block gets the attention of the prompts.
         """
-        _one_pass_per_block()
-        stop = self.model.generation_config.eos_token_id
-        stop = {
-            self.processor.tokenizer.eos_token_id,
-            *(stop if isinstance(stop, list) else [stop]),
-        }
-        pad = self.processor.tokenizer.pad_token_id
+        one_pass_per_block()
         training = self.model.training
         self.model.eval()
-        # Greedy whatever the checkpoint's own generation settings ask for: each is overruled here.
+        # Greedy whatever the checkpoint's own generation settings ask for: they are overruled.
         tokens = self.model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             mm_encoder_outputs=self._image_inputs(batch["features"]),
             max_new_tokens=max_new_tokens or self.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=None,
-            eos_token_id=sorted(stop - {None}),
-            pad_token_id=self.processor.tokenizer.eos_token_id if pad is None else pad,
+            **self.end_tokens,
+            **GREEDY,
         )
         self.model.train(training)
         new = tokens[:, batch["input_ids"].shape[1] :]
@@ -334,7 +334,6 @@ def target_paths(model, targets):
     """
     patterns = {t: rf"model\.language_model\.(.+\.)?{t}_proj" for t in TARGETS}
     patterns["projector"] = r"model\.multi_modal_projector\.linear_[12]"
-    adapted = {path for path, module in model.named_modules() if hasattr(module, "base")}
     paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     paths = [path.removesuffix(".base") for path in paths]
     chosen = set()
@@ -410,135 +409,62 @@ class FeatureCache:
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Attention capture
+# 4. Loading; several GPUs: torchrun --nproc_per_node N asr.py ... --accumulate N
 # --------------------------------------------------------------------------------------------------
-# Fused attention (SDPA) is fast because it never writes down the [S, S] matrix of attention, and so
-# it has none to show. transformers can return the matrix ("eager"), but then all of it, in every
-# layer, at a multiple of the memory. We want a corner: how T question tokens see P image tokens.
-#
-#                     before | image | question | answer
-#                    +-------+-------+-------------------+
-#     a question row |       | keep  |                   |     softmax(q k^T / sqrt(D)) over the
-#                    +-------+-------+-------------------+     WHOLE row, then its image part
-#
-# transformers calls attention functions by name, and lets us register our own. Ours calls SDPA as
-# before, so that logits do not change by a single bit; beside it, in the chosen layers, it computes
-# these T rows: T x S numbers per head instead of S x S. The queries and keys it is given have their
-# rotary positions applied already.
-
-_capture = None  # the capture_attention block that is open, if any
 
 
-def _attention(module, query, key, value, attention_mask, dropout=0.0, **kwargs):
-    """query [B, H, S, D], key and value [B, key heads, S, D] -> [B, S, H, D], no matrix."""
-    # Generation reads the question in its first call, with S queries; later calls have one each.
-    if _capture is not None and query.shape[2] == _capture.length:
-        _capture.record(module.layer_idx, query, key, attention_mask, kwargs.get("scaling"))
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, **kwargs
-    )
+def load_llava(name, device="cpu", dtype=None):
+    """(model, processor): a LLaVA, frozen and in eval mode, from a folder or a hub id.
 
-
-# Registered under one name in both places: without the second, no padding mask would be built.
-ALL_ATTENTION_FUNCTIONS.register("capture", _attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register("capture", sdpa_mask)
-
-
-class capture_attention:
-    """Keep the attention of question tokens to image tokens, with gradient, of one forward pass.
-
-        with capture_attention(llava.model, 4, rows, batch["image_mask"]) as maps:
-            out = llava.forward(batch)
-            attention, row_mask = maps()           # [B, L, H, T, P] float32, [B, T] bool
-            (out.loss + penalty(attention)).backward()
-
-    layers: the last n decoder layers. rows, image_mask: [B, S] bool, where the question tokens of
-    interest and the image tokens are in the padded batch.
-
-    attention[b, :, :, t] belongs to the t-th such token of sample b and sums to the share of its
-    attention that goes to the image (the rest goes to text). Where row_mask is False there is no
-    such token, or no image, and the numbers are zero.
-
-    One forward or generate per block, and backward inside it: gradient checkpointing runs the
-    layers again during backward, and must find the same operations.
+    dtype: None = float32 on CPU, bfloat16 elsewhere. Weights come from safetensors only, and no
+    code from the folder is run. Raises InputError if this is no LLaVA or its weights are not whole.
     """
-
-    def __init__(self, model, layers, rows, image_mask):
-        depth = model.config.text_config.num_hidden_layers
-        if not 0 < layers <= depth:
-            raise ValueError(f"layers = {layers}, but the language model has {depth}")
-        images = image_mask.sum(1)  # image tokens per sample: P, or 0 in a sample without an image
-        if ((images != 0) & (images != images.max())).any():
-            raise ValueError(f"unequal numbers of image tokens in a batch: {images.tolist()}")
-        self.layers, self.length, self.maps = range(depth - layers, depth), rows.shape[1], {}
-        self.row_index, real = _positions(rows)  # [B, T]
-        self.column_index, _ = _positions(image_mask)  # [B, P]
-        self.row_mask = real & (images > 0)[:, None]  # [B, T]
-        self.batch_index = torch.arange(len(rows), device=rows.device)[:, None]  # [B, 1]
-
-    def __enter__(self):
-        global _capture
-        if _capture is not None:
-            raise RuntimeError("capture_attention blocks do not nest")
-        _capture = self
-        return self
-
-    def __exit__(self, *_):
-        global _capture
-        _capture = None
-
-    def record(self, layer, query, key, attention_mask, scaling):
-        """The corner of one layer's attention. query [B, H, S, D], key [B, key heads, S, D]."""
-        if layer not in self.layers:
-            return
-        (B, H, S, D), heads, T = query.shape, key.shape[1], self.row_index.shape[1]
-        # One index operation takes the T rows out: [B, S, H, D] -> [B, T, H, D] -> [B, H, T, D].
-        q = query.transpose(1, 2)[self.batch_index, self.row_index].transpose(1, 2).float()
-        # Grouped-query attention: H / heads neighboring query heads share a key head. Their rows
-        # go into one matrix product, which spares us repeating the keys.
-        q = (q * scaling).reshape(B, heads, H // heads * T, D)
-        scores = (q @ key.float().transpose(2, 3)).view(B, H, T, S)
-        if attention_mask is None:  # no padding: SDPA is told "causal", which we spell out
-            sees = torch.arange(S, device=q.device) <= self.row_index[:, :, None]  # [B, T, S]
-        else:  # [B, 1, S, S], True where a row may look
-            sees = attention_mask[:, 0].expand(B, -1, -1)[self.batch_index, self.row_index]
-        # Adding 0 or -inf is one pass; masked_fill on the scores would cost another in backward.
-        barrier = torch.zeros(sees.shape, device=q.device).masked_fill_(~sees, float("-inf"))
-        rows = (scores + barrier[:, None]).softmax(-1)  # [B, H, T, S]
-        columns = self.column_index[:, None, None].expand(B, H, T, -1)
-        corner = rows.gather(-1, columns) * self.row_mask[:, None, :, None]  # [B, H, T, P]
-        # A checkpointed layer comes by again in backward: same work, but the first result stays.
-        self.maps.setdefault(layer, corner)
-
-    def __call__(self):
-        """attention [B, L, H, T, P] float32 with its gradient, row_mask [B, T] bool."""
-        if len(self.maps) < len(self.layers):
-            raise RuntimeError("no forward pass has run in this capture_attention block")
-        return torch.stack([self.maps[layer] for layer in self.layers], dim=1), self.row_mask
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    text_width(str(name))  # reads config.json alone: is this a LLaVA at all?
+    try:
+        # use_safetensors: a pickled checkpoint could run code while it is read.
+        model, report = Llava.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        # backend="pil" needs no torchvision, and gives the same pixels with or without it.
+        pixels = AutoImageProcessor.from_pretrained(name, backend="pil")
+    except Exception as error:  # not a folder of a model, no network, a broken file: many kinds
+        raise InputError(f"--model {name} could not be loaded: {_first_line(error)}") from error
+    # from_pretrained fills what is missing with random numbers and only warns. We stop instead.
+    wrong = [*report["missing_keys"], *map(str, report["mismatched_keys"])]
+    if wrong:
+        raise InputError(f"--model {name}: {len(wrong)} weights missing or misshapen: {wrong[0]}")
+    size = pixels.crop_size if getattr(pixels, "do_center_crop", False) else pixels.size
+    side = model.config.vision_config.image_size
+    if (size["height"], size["width"]) != (side, side):
+        raise InputError(f"--model {name}: images become {dict(size)}, the tower takes {side}")
+    processor.image_processor = pixels
+    # Only the language model gets the capture function of attention.py; the tower keeps plain SDPA.
+    model.set_attn_implementation({"text_config": "capture"})
+    return model.requires_grad_(False).to(device).eval(), processor
 
 
-def _positions(mask):
-    """mask [B, S] -> positions of its True entries [B, most in a row], and which of them are real.
-
-    Shorter rows are filled up with the last position. That is never left padding, whose attention
-    has nothing to look at: a softmax of nothing is NaN, and NaN times zero is NaN.
-    """
-    S = mask.shape[1]
-    index = torch.arange(S, device=mask.device).expand_as(mask).masked_fill(~mask, S)
-    index = index.sort(dim=1).values[:, : int(mask.sum(1).max())]
-    return index.clamp(max=S - 1), index < S
+def to_device(x, device):
+    """A tensor, or a dict or list of tensors and other things, with its tensors on the device."""
+    if isinstance(x, dict):
+        return {name: to_device(value, device) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [to_device(value, device) for value in x]
+    return x.to(device) if torch.is_tensor(x) else x
 
 
-def _one_pass_per_block():
-    if _capture is not None and _capture.maps:
-        raise RuntimeError("this capture_attention block already holds a forward pass")
+def _first_line(error):
+    return str(error).strip().split("\n")[0].rstrip(".")  # the libraries above write paragraphs
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Several GPUs: torchrun --nproc_per_node N asr.py ... --accumulate N
-# --------------------------------------------------------------------------------------------------
-# Every process has the whole model and takes every N-th micro-batch of a step and every N-th batch
-# of a test. All make the same steps; the first process alone prints and writes.
+def seed_by(name):
+    """Seed torch's generators by a name: what is drawn next does not depend on what came before."""
+    torch.manual_seed(random.Random(name).getrandbits(32))
+
+
+# Under torchrun every process has the whole model and takes every N-th micro-batch of a step and
+# every N-th batch of a test. All make the same steps; the first process alone prints and writes.
 
 
 def processes():
@@ -579,71 +505,3 @@ def share_out(function, items):
     rank, world = processes()
     results = gather([function(item) for k, item in enumerate(items) if k % world == rank])
     return [results[k % world][k // world] for k in range(sum(map(len, results)))]
-
-
-# --------------------------------------------------------------------------------------------------
-# 6. Loading and counting
-# --------------------------------------------------------------------------------------------------
-
-
-def load_llava(name, device="cpu", dtype=None):
-    """(model, processor): a LLaVA, frozen and in eval mode, from a folder or a hub id.
-
-    dtype: None = float32 on CPU, bfloat16 elsewhere. Weights come from safetensors only, and no
-    code from the folder is run. Raises InputError if this is no LLaVA or its weights are not whole.
-    """
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-    text_width(str(name))  # reads config.json alone: is this a LLaVA at all?
-    try:
-        # use_safetensors: a pickled checkpoint could run code while it is read.
-        model, report = Llava.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-        # backend="pil" needs no torchvision, and gives the same pixels with or without it.
-        pixels = AutoImageProcessor.from_pretrained(name, backend="pil")
-    except Exception as error:  # not a folder of a model, no network, a broken file: many kinds
-        raise InputError(f"--model {name} could not be loaded: {_first_line(error)}") from error
-    # from_pretrained fills what is missing with random numbers and only warns. We stop instead.
-    wrong = [*report["missing_keys"], *map(str, report["mismatched_keys"])]
-    if wrong:
-        raise InputError(f"--model {name}: {len(wrong)} weights missing or misshapen: {wrong[0]}")
-    size = pixels.crop_size if getattr(pixels, "do_center_crop", False) else pixels.size
-    side = model.config.vision_config.image_size
-    if (size["height"], size["width"]) != (side, side):
-        raise InputError(f"--model {name}: images become {dict(size)}, the tower takes {side}")
-    processor.image_processor = pixels
-    # Only the language model gets the capture function of section 4; the tower keeps plain SDPA.
-    model.set_attn_implementation({"text_config": "capture"})
-    return model.requires_grad_(False).to(device).eval(), processor
-
-
-def _first_line(error):
-    return str(error).strip().split("\n")[0].rstrip(".")  # the libraries above write paragraphs
-
-
-def seed_by(name):
-    """Seed torch's generators by a name: what is drawn next does not depend on what came before."""
-    torch.manual_seed(random.Random(name).getrandbits(32))
-
-
-def random_state():
-    """torch's generators, the only ones drawn from while training (LoRA's dropout)."""
-    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *gpu]
-
-
-def set_random_state(states):
-    torch.set_rng_state(states[0])
-    if states[1:]:
-        torch.cuda.set_rng_state(states[1])
-
-
-def peak_memory():
-    """The most memory in use so far, in MB: of the GPU if one was used, else of this process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 1e6
-    if sys.platform == "linux":  # getrusage there counts the process that started this one too
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
