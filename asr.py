@@ -559,7 +559,7 @@ def main(args):
 
         # Test on all stages seen so far; how the questions looked is kept for the figures.
         run.test(t, partial(answer, llava, args, shown))
-        run.note(**{f"{t + 1}-{t + 1}-picture": plot.thumbnails(stage.test[:CASES])})
+        run.note(**{f"{t + 1}-{t + 1}-picture": data.thumbnails(stage.test[:CASES], 112)})
         run.save((t + 1, 0), lora=llava.lora_state(), memory=memory, parser=parser)
 
     llava.save_lora(run.folder / "lora")

@@ -58,57 +58,16 @@ def parse(argv=None):
     """All flags, defaults filled in; InputError if one makes no sense."""
     parser = data.common_flags("baselines.py", __doc__.split("\n")[0])
     add = parser.add_argument_group("baseline").add_argument
+    add("--method", default="sequential", choices=list(METHODS), help="(default: sequential)")
+    add("--buffer", type=data.count, default=20, help="replay: samples per stage (default: 20)")
+    add("--ewc_lambda", type=data.weight, default=10.0, help="weight of the penalty (default: 10)")
+    add("--lwf_lambda", type=data.weight, help="weight of distillation (default: 0.25; tiny 1)")
+    add("--olora_lambda", type=data.weight, help="weight of |A_i A_t^T| (default: 0.5; tiny 0.05)")
+    add("--experts", type=data.count, default=8, help="moelora: they share the rank (default: 8)")
     add(
-        "--method",
-        default="sequential",
-        choices=list(METHODS),
-        help="which row (default: sequential)",
+        "--hide_temperature", type=data.positive, help="of the last layer (default: 0.1; tiny 0.03)"
     )
-    add(
-        "--buffer",
-        type=data.count,
-        default=20,
-        metavar="N",
-        help="replay: samples kept of every stage (default: 20)",
-    )
-    add(
-        "--ewc_lambda",
-        type=data.weight,
-        default=10.0,
-        metavar="LAMBDA",
-        help="ewc: weight of sum_i F_i (theta_i - theta*_i)^2 / 2 (default: 10)",
-    )
-    add(
-        "--lwf_lambda",
-        type=data.weight,
-        metavar="LAMBDA",
-        help="lwf: weight of the distillation loss (default: 0.25; tiny model 1)",
-    )
-    add(
-        "--olora_lambda",
-        type=data.weight,
-        metavar="LAMBDA_1",
-        help="olora: weight of the sum of |A_i A_t^T| (default: 0.5; tiny model 0.05)",
-    )
-    add(
-        "--experts",
-        type=data.count,
-        default=8,
-        metavar="E",
-        help="moelora: experts that share the rank (default: 8)",
-    )
-    add(
-        "--hide_temperature",
-        type=data.positive,
-        metavar="T",
-        help="hide: weights of the last layer are softmax(likeness / T) (default: 0.1; tiny model 0.03)",
-    )
-    add(
-        "--hide_sum",
-        type=float,
-        metavar="W",
-        help="hide: in the other layers each of n LoRAs counts min(1, W / n) (default: inf; tiny model 2)",
-    )
+    add("--hide_sum", type=float, help="W: n LoRAs count min(1, W / n) (default: inf; tiny 2)")
     add("--blind", action="store_true", help="also test with black images")
     args = parser.parse_args(argv)
     if args.plot:

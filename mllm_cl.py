@@ -415,7 +415,7 @@ def main(args):
         # Test on all stages seen so far; the router's choices are kept for the figures.
         llava.model.eval()
         run.test(t, partial(answer, llava, team, args, run), whole=True)
-        run.note(**{f"{t + 1}-{t + 1}-picture": plot.thumbnails(stage.test[:2], 96)})
+        run.note(**{f"{t + 1}-{t + 1}-picture": data.thumbnails(stage.test[:2], 96)})
         run.save((t + 1, 0, 0), **team.state())
 
     run.finish(**summary(run, team, lora))

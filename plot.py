@@ -1,21 +1,480 @@
+"""Every figure, drawn from run folders; no model is loaded.
+
+    python plot.py RUN [RUN ...] [--out DIR]    the figures of the script that made these runs
+    python plot.py                              the pictures of README and docs, from results/
+
+The first form draws into figures/ of the first run unless --out names another folder; `--plot RUN`
+of every script does the same. Runs that differ only in their seed are averaged where a figure
+allows it. A method's figures need facts.npz: what it noted about the N test questions of task i
+after stage t, in the order of the predictions, under the key "<t>-<i>-<name>", counted from 1.
+"""
+
+import argparse
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from data import load_image, pad_square
+from data import InputError, input_errors
+from eval import interference, metrics, predictions_file, read_json, read_run, seen_mean, show
+
+# ---- 1. Runs and their labels --------------------------------------------------------------------
+
+# Flags that change no number except by rounding, and the seed, over which runs are averaged.
+NO_LABEL = {"seed", "out", "resume", "plot", "data", "device", "threads", "eval_batch_size"}
 
 
-def thumbnails(samples, side=112):
-    """The images of test questions: [N, side, side, 3] uint8; white where there is none."""
-    images = [s.image and pad_square(load_image(s.image), (127,) * 3) for s in samples]
-    blank = np.full((side, side, 3), 255, np.uint8)
-    return np.stack([np.array(i.resize((side, side))) if i else blank for i in images])
+def kind_of(record):
+    """The name of the method of a run."""
+    args, script = record["args"], record["script"]
+    if script == "asr":
+        kinds = [["sequential LoRA", "geometry only"], ["spectral only", "ASR"]]
+        return kinds[args["beta"] > 0][args["gamma"] > 0]
+    name = args["method"] if script == "baselines" else script
+    return {"sequential": "sequential LoRA", "cram": "CRAM", "mllm_cl": "MR-LoRA"}.get(name, name)
+
+
+def read_runs(folders, path, needed="matrix"):
+    """{label: records, one per seed}, the first record, and the folder to draw into.
+
+    A label is the method and the flags in which the given runs of this method differ; a record gets
+    its "folder". InputError: a record lacks the key `needed`, or the stages of the runs differ.
+    """
+    records = [read_run(folder) | {"folder": Path(folder)} for folder in folders]
+    for record in records:
+        if needed not in record:
+            raise InputError(f"{record['folder']}: no {needed!r} in its record; is it finished?")
+        if record["stages"] != records[0]["stages"]:
+            raise InputError(f"{record['folder']} and {folders[0]} went through different stages")
+    groups = {}
+    for record in records:
+        alike = [r["args"] for r in records if kind_of(r) == kind_of(record)]
+        skip = NO_LABEL | ({"experts"} if record["script"] == "mllm_cl" else set())  # a folder
+        flags = {key: value for key, value in record["args"].items() if key not in skip}
+        differing = [k for k, v in flags.items() if any(args.get(k, v) != v for args in alike)]
+        label = ", ".join([kind_of(record), *(f"{key} {flags[key]}" for key in differing)])
+        if record["seed"] in [r["seed"] for r in groups.get(label, [])]:
+            label += f" ({record['folder']})"  # perhaps the code was edited between two runs
+        groups.setdefault(label, []).append(record)
+    path = Path(path or records[0]["folder"] / "figures")
+    path.mkdir(parents=True, exist_ok=True)
+    return groups, records[0], path
+
+
+def read_facts(folder, name):
+    """facts.npz as a dict; InputError if it is missing or holds no `name`."""
+    file = Path(folder) / "facts.npz"
+    facts = dict(np.load(file)) if file.is_file() else {}
+    if f"1-1-{name}" not in facts:
+        raise InputError(f"{file} is missing or holds no {name!r}: another script made this run?")
+    return facts
+
+
+# ---- 2. Figures of any run -----------------------------------------------------------------------
+# 6.7 inches at 120 dpi are 800 pixels, the width of a README: 9 points are 15 pixels high there.
+# cividis for amounts, the palette of Okabe and Ito for lines: safe for color-blind readers.
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^Dv<P"
+matplotlib.rcParams |= {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8}
+matplotlib.rcParams |= {"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
+
+
+def new_figure(rows=1, columns=1, height=4.2, **options):
+    """A figure and its axes [rows, columns]. It needs no screen and no pyplot."""
+    figure = Figure(figsize=(6.7, height), dpi=120, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def heat_maps(panels, names, labels, limits, path, digits=0):
+    """One or two matrices {title: values} on one color scale; nan stays white.
+
+    names: of rows and columns; labels: of vertical axis, horizontal axis and color bar; digits: of
+    the numbers in the cells (none if there are more than 40 columns).
+    """
+    (low, high), step = limits, -(-len(names[1]) // 40)
+    figure, axes = new_figure(1, len(panels), 2 + 0.32 * len(names[0]), sharey=True)
+    for axis, (title, values) in zip(axes[0], panels.items()):
+        image = axis.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+        for row, column in np.argwhere(np.isfinite(values)) if step == 1 else ():
+            value = round(float(values[row, column]), digits) + 0.0  # + 0.0 turns -0 into 0
+            ink = "white" if value < low + 0.45 * (high - low) else "black"
+            text = f"{value:.{digits}f}"
+            axis.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
+        axis.set_xticks(range(0, len(names[1]), step), names[1][::step], rotation=45, ha="right")
+        axis.set_yticks(range(len(names[0])), names[0], parse_math=False)  # "$5" is money
+        axis.set(title=title, xlabel=labels[1])
+        axis.grid(False)
+    axes[0, 0].set_ylabel(labels[0])
+    figure.colorbar(image, ax=axes, location="bottom", aspect=60, label=labels[2])
+    figure.savefig(path)
+
+
+def lines(curves, title, x, y, path):
+    """{label: (x values [n], y values [seeds, n])}: means over the seeds, bands of one std."""
+    figure, [[axis]] = new_figure()
+    for k, (label, (xs, values)) in enumerate(curves.items()):
+        values, color = np.atleast_2d(values), COLORS[k % 7]
+        label += f" ({len(values)} seeds, band: std)" if len(values) > 1 else ""
+        style = MARKERS[k % 7] + ("-" if k < 7 else ":")
+        axis.plot(xs, values.mean(0), style, color=color, label=label)
+        if len(values) > 1:
+            band = values.mean(0) + np.outer([-1, 1], values.std(0, ddof=1))
+            axis.fill_between(xs, *band, color=color, alpha=0.15, linewidth=0)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+    axis.set(title=title, xlabel=x, ylabel=y)
+    axis.legend()
+    figure.savefig(path)
+
+
+def bars(groups, columns, path):
+    """A panel of horizontal bars per column {title: function of a record}: mean +- std of the
+    records of each label."""
+    figure, axes = new_figure(1, len(columns), 1.2 + 0.4 * len(groups), sharey=True)
+    for axis, color, (title, function) in zip(axes[0], COLORS, columns.items()):
+        values = [[function(record) for record in records] for records in groups.values()]
+        errors = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
+        drawn = axis.barh(range(len(values)), list(map(np.mean, values)), xerr=errors, color=color)
+        axis.bar_label(drawn, fmt=" %.1f")
+        axis.set(title=title, xmargin=0.5)  # room for these numbers
+    names = [f"{textwrap.fill(label, 34)} (n = {len(g)})" for label, g in groups.items()]
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    figure.savefig(path)
+
+
+def scatter(panels, path, scale="linear"):
+    """A panel of dots per entry (title, x, y, {label: (x values, y values)}). Pearson's r, too, if
+    the scale is linear."""
+    figure, axes = new_figure(1, len(panels))
+    for axis, (title, x, y, groups) in zip(axes[0], panels):
+        for k, (label, dots) in enumerate(groups.items()):
+            dots = np.array(dots)[:, np.isfinite(dots).all(0)]  # [2, n]
+            if scale == "linear" and dots.shape[1] > 2 and dots.std(1).all():
+                label = f"{textwrap.fill(label, 40)}: r = {np.corrcoef(dots)[0, 1]:.2f}"
+            axis.scatter(*dots, 12, COLORS[k % 7], marker=MARKERS[k % 7], alpha=0.5, label=label)
+        axis.set(title=title, xlabel=x, ylabel=y, xscale=scale)
+        if scale == "linear":
+            axis.locator_params(axis="x", nbins=5)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    figure.savefig(path)
+
+
+def pictures(cells, columns, path):
+    """A grid of images: [(title, image, map that is laid over it or None)]."""
+    rows = -(-len(cells) // columns)
+    figure, axes = new_figure(rows, columns, 2.1 * rows)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (title, image, overlay) in zip(axes.flat, cells):
+        axis.set_title(title, fontsize=8, parse_math=False)  # "$5" is money
+        axis.imshow(image, cmap="inferno", extent=(0, 1, 1, 0))
+        if overlay is not None:
+            axis.imshow(overlay, cmap="inferno", alpha=0.5, extent=(0, 1, 1, 0))
+    figure.savefig(path)
+
+
+def two_matrices(groups, path, of=np.asarray, limits=(0, 100), label="accuracy (%)"):
+    """`of` the accuracy matrices of the first one or two labels, each the mean over its seeds."""
+    panels = {}
+    for name, records in list(groups.items())[:2]:
+        scores = [metrics(record["matrix"]) for record in records]
+        numbers = [f"{key} {show(np.mean([s[key] for s in scores]))}" for key in ("AP", "AF")]
+        seeds = f"\nmean of {len(records)} seeds" if len(records) > 1 else ""
+        title = f"{textwrap.fill(name, 44)}{seeds}\n{', '.join(numbers)}"
+        panels[title] = np.mean([of(np.array(r["matrix"], dtype=float)) for r in records], 0)
+    stages, labels = records[0]["stages"], ("after training on", "tested on", label)
+    heat_maps(panels, (stages, stages), labels, limits, path, digits=2 - len(panels))
+
+
+def baselines(folders, path=None):
+    """What every script has: accuracy of all labels; matrices and interference of the first two."""
+    groups, _, path = read_runs(folders, path)
+    curves, below = {}, "accuracy minus the task's best (points)"
+    for label, records in groups.items():
+        means = np.array([seen_mean(record["matrix"]) for record in records])  # [seeds, T]
+        curves[label] = np.arange(1, means.shape[1] + 1), means
+    title, y = "Accuracy on the tasks learned so far", "mean accuracy (%)"
+    lines(curves, title, "stage", y, path / "accuracy.png")
+    two_matrices(groups, path / "matrix.png")
+    two_matrices(groups, path / "interference.png", interference, (-100, 0), below)
+    return path
+
+
+# ---- 3. ASR, arXiv 2606.23063 (figures numbered like the paper's) --------------------------------
+# facts.npz: phi [N, D], angular [N, 8], radial [N, 8], nan without an image; map [3, h, w] and, for
+# t = i, picture [3, 112, 112, 3] of the first three questions.
+
+
+@dataclass
+class State:
+    """One skill after one stage: its N test questions (rows of nan: no image)."""
+
+    phi: np.ndarray  # [N, D]
+    angular: np.ndarray  # [N, 8]
+    radial: np.ndarray  # [N, 8]
+    scores: np.ndarray  # [N], 0 to 1
+
+    def mean(self, name):
+        """The mean of phi [D], angular or radial [8] over the questions with an image."""
+        rows = getattr(self, name)[np.isfinite(self.phi).all(1)]
+        return rows.mean(0) if len(rows) else np.full(rows.shape[1], np.nan)
+
+    def distance(self, phi):
+        """Squared distance of phi [N, D] to this skill, per dimension, in units of its variance."""
+        known = self.phi[np.isfinite(self.phi).all(1)]
+        spread = known.var(0) + 1e-7 if len(known) else np.nan
+        return ((phi - self.mean("phi")) ** 2 / spread).mean(-1)  # [N]
+
+
+def read_skills(folder, record):
+    """{skill: its States, from the stage that taught it to the last one} without the skills of the
+    last stage; the run may lack summary.json."""
+    facts, stages, skills = read_facts(folder, "phi"), record["stages"], {}
+    last = sum(row[0] is not None for row in record["matrix"])
+    for i, t in [(b, a) for b in range(1, last) for a in range(b, last + 1)]:
+        rows = read_json(predictions_file(folder, t - 1, i - 1), lines=True)
+        values = [facts[f"{t}-{i}-{name}"] for name in ("phi", "angular", "radial")]
+        values.append(np.array([row["score"] for row in rows]))
+        kinds = np.array([row["skill"] for row in rows])
+        for kind in dict.fromkeys(kinds.tolist()):
+            name = stages[i - 1] if len(set(kinds)) == 1 else f"{stages[i - 1]}: {kind}"
+            skills.setdefault(name, []).append(State(*(v[kinds == kind] for v in values)))
+    return skills
+
+
+def js_divergence(p, q):
+    """Jensen-Shannon divergence (nats) over the last axis of non-negative arrays of any sum."""
+    p, q = (np.clip(x, 1e-8, None) / np.clip(x, 1e-8, None).sum(-1, keepdims=True) for x in (p, q))
+    return ((p * np.log(2 * p / (p + q))).sum(-1) + (q * np.log(2 * q / (p + q))).sum(-1)) / 2
+
+
+def change(before, after):
+    """From one State of a skill to another: drift of its spectra (nats), accuracy lost (points)."""
+    drifts = [js_divergence(before.mean(name), after.mean(name)) for name in ("radial", "angular")]
+    return [float(sum(drifts)), float(100 * np.mean(before.scores) - 100 * np.mean(after.scores))]
 
 
 def drift(folder):
-    return {}
+    """{skill: [drift of its spectra (nats), accuracy lost (points)]} between the stage that taught
+    it and the last one; for the record of a run that lacks summary.json."""
+    skills = read_skills(folder, read_run(folder))
+    return {name: change(states[0], states[-1]) for name, states in skills.items()}
+
+
+def asr_drift(runs, path):
+    """Figs. 2 and 6: what moves in the spectra of every skill, and what is forgotten."""
+    frequencies, forgetting, prototypes = {}, {}, {}
+    for label, skills in runs.items():
+        steps = [pair for states in skills.values() for pair in zip(states, states[1:])]
+        power = [100 * (a.mean("radial") - b.mean("radial"))[4:].sum() for a, b in steps]
+        frequencies[label] = [change(*pair)[0] for pair in steps], power
+        since = [change(states[0], state) for states in skills.values() for state in states[1:]]
+        forgetting[label] = list(zip(*since))
+        ends = [(states[0], states[-1]) for states in skills.values()]
+        moved = [np.sqrt(a.distance(b.mean("phi"))) for a, b in ends]
+        prototypes[label] = moved, [change(*pair)[1] for pair in ends]
+    x, y, power = "drift (JSD, nats)", "forgotten (points)", "lost power in bins 5-8 of r (%)"
+    left = "Every skill in every later stage", x, power, frequencies
+    right = "Every skill since it was learned", x, y, forgetting
+    scatter([left, right], path / "fig2-drift.png")
+    x = "distance its mean descriptor has moved (standard deviations)"
+    scatter([("Every skill at the end", x, y, prototypes)], path / "fig6-prototypes.png")
+
+
+def asr_spectra(skills, path):
+    """Fig. 5: the change of every skill's mean spectra between its stage and the last one."""
+    panels = {}
+    for name, title in {"radial": "frequency, coarse to fine", "angular": "direction"}.items():
+        changes = [states[-1].mean(name) - states[0].mean(name) for states in skills.values()]
+        panels[title] = 100 * np.array(changes)
+    bound = max(0.1, *(np.nanmax(abs(values)) for values in panels.values()))
+    labels = "", "bin", "change of the share of power (points)"
+    heat_maps(panels, (list(skills), range(1, 9)), labels, (-bound, bound), path, digits=1)
+
+
+def asr_distance(runs, path):
+    """Fig. 7: distance of old questions to their skill as learned, for right and wrong answers."""
+    curves, x = {}, np.arange(5, 100, 5)
+    for label, skills in runs.items():
+        ends = [(states[0], states[-1]) for states in skills.values()]
+        D2 = np.concatenate([first.distance(last.phi) for first, last in ends])
+        right = np.concatenate([last.scores for _, last in ends]) >= 0.5
+        for name, chosen in {"right": right, "wrong": ~right}.items():
+            values = D2[chosen & np.isfinite(D2)]
+            if len(values):
+                curves[f"{label}: {name}, n = {len(values)}"] = x, np.percentile(values, x)
+    title, y = "Distance of every question to its skill as learned", "Mahalanobis distance D2"
+    lines(curves, title, "percentile of the questions", y, path)
+
+
+def asr_cases(record, path):
+    """Fig. 9: image, attention, its spectrum and answer, just after the stage and at the end; of
+    the first three questions of a stage the one on which the two answers differ most."""
+    folder, facts, cells = record["folder"], read_facts(record["folder"], "picture"), []
+    last = sum(row[0] is not None for row in record["matrix"])
+    for i in range(1, min(last, 5)):
+        images, views = facts[f"{i}-{i}-picture"], {"just after its stage": i, "at the end": last}
+        files = [predictions_file(folder, t - 1, i - 1) for t in views.values()]
+        pairs = list(zip(*(read_json(file, lines=True) for file in files)))[: len(images)]
+        k = int(np.argmax([abs(a["score"] - b["score"]) for a, b in pairs]))
+        question = textwrap.shorten(pairs[k][0]["prompt"].split("\n")[0], 66)
+        title = f"{textwrap.fill(question, 22)}\n-> {pairs[k][0]['answers'][0][:20]}"
+        cells.append((title, images[k], None))
+        for (view, t), answer in zip(views.items(), pairs[k]):
+            attention = facts[f"{t}-{i}-map"][k]
+            mark = "right" if answer["score"] >= 0.5 else "wrong"
+            cells.append((f"{view}\n{answer['text'][:16]!a} ({mark})", images[k], attention))
+            power = np.abs(np.fft.fft2(attention)) ** 2
+            power[0, 0] = np.nan
+            spectrum = np.log10(np.fft.fftshift(power) + 1e-9)
+            cells.append(("its spectrum\n(log, no DC)", spectrum, None))
+    pictures(cells, 5, path)
 
 
 def asr(folders, path=None):
-    pass
+    """The figures of runs of asr.py; Figs. 2, 6 and 7 show one run of each label."""
+    groups, first, path = read_runs(folders, path)
+    runs = {label: read_skills(r[0]["folder"], r[0]) for label, r in groups.items()}
+    if any(runs.values()):  # after one stage nothing can have drifted
+        asr_drift(runs, path)
+        asr_spectra(next(iter(runs.values())), path / "fig5-spectra.png")
+        asr_distance(runs, path / "fig7-distance.png")
+        asr_cases(first, path / "fig9-cases.png")
+    columns = {"AP (%)": lambda r: r["metrics"]["AP"], "AF (points)": lambda r: r["metrics"]["AF"]}
+    bars(groups, columns, path / "fig4-ablation.png")
+    return baselines(folders, path)
 
 
-cram = mllm_cl = baselines = asr
+# ---- 4. CRAM and MR-LoRA -------------------------------------------------------------------------
+# facts.npz: weights [N, t] of CRAM's experts; probability [N, t] of MR-LoRA's experts and, for
+# t = i, picture [2, 96, 96, 3] of the first two questions.
+
+
+def cram(folders, path=None):
+    """Routing, groups and ranks of the first run of cram.py; parameters and energy of all."""
+    groups, first, path = read_runs(folders, path, "ranks")
+    facts, stages = read_facts(first["folder"], "weights"), first["stages"]
+    T, right = len(stages), first["routing_accuracy"]
+    weights = np.array([100 * facts[f"{T}-{i + 1}-weights"].mean(0) for i in range(T)])
+    title = f"right group {right['group']:.1f}%, right expert {right['expert']:.1f}%"
+    labels = "test questions of", "expert of", "mean weight of the expert (%)"
+    heat_maps({title: weights}, (stages, stages), labels, (0, 100), path / "routing.png")
+
+    numbers, ranks = first["groups"], np.array(first["ranks"])  # [T], [T, layers]
+    order, about = sorted(range(T), key=lambda k: (numbers[k], k)), []
+    for k in order:
+        text = textwrap.shorten(first["instructions"][k], 36)
+        about.append(f'group {numbers[k] + 1}: {stages[k]}, rank {ranks[k].mean():.1f}\n"{text}"')
+    title, labels = "Groups by instruction; ranks of their experts", ("", "adapted layer", "rank")
+    names, limits = (about, range(1, ranks.shape[1] + 1)), (0, ranks.max())
+    heat_maps({title: ranks[order]}, names, labels, limits, path / "groups-ranks.png")
+
+    counts, energy, x = {}, [], np.arange(1, T + 1)
+    for label, records in groups.items():
+        for key in ("stored", "trained"):
+            values = [np.array(record[f"{key}_parameters"]) / 1e3 for record in records]
+            counts[f"{label}: {key}"] = x, values
+        energy.append(100 * np.mean([np.array(r["energy"], dtype=float) for r in records], 0))
+    rank = first["args"]["rank"]
+    counts[f"one LoRA of rank {rank} per task"] = x, first["per_rank"] * rank / 1e3 * x
+    title = "Parameters: stored so far, and trained in each stage"
+    lines(counts, title, "stage", "thousands", path / "parameters.png")
+    title = "Energy of a new expert in the output space of older ones"
+    labels = "", "expert of (white: first of its group)", "energy (%)"
+    names = [textwrap.fill(label, 34) for label in groups], stages
+    heat_maps({title: np.array(energy)}, names, labels, (0, 100), path / "energy.png")
+    return baselines(folders, path)
+
+
+def mllm_cl_cases(record, path):
+    """The first questions of every task, the two most probable experts, and the answer."""
+    facts, stages = read_facts(record["folder"], "picture"), record["stages"]
+    cells, T = [], len(stages)
+    for i, stage in enumerate(stages):
+        answers = read_json(predictions_file(record["folder"], T - 1, i), lines=True)
+        probabilities = facts[f"{T}-{i + 1}-probability"]
+        for answer, p, picture in zip(answers, probabilities, facts[f"{i + 1}-{i + 1}-picture"]):
+            best = np.argsort(-p, kind="stable")[:2]
+            experts = ", ".join(f"{stages[e]} {100 * p[e]:.0f}%" for e in best)
+            text = [f"{stage}: {textwrap.shorten(answer['prompt'], 50)}", f"experts: {experts}"]
+            text += [f"{answer['text'][:16]!a} (gold: {answer['answers'][0][:16]})"]
+            title = "\n".join(textwrap.fill(line, 28) for line in text)
+            cells.append((title, picture, None))
+    pictures(cells, 4, path)
+
+
+def mllm_cl(folders, path=None):
+    """Confusion, cases and parameters of the first run of mllm_cl.py; routers and shots of all."""
+    groups, first, path = read_runs(folders, path, "confusion")
+    stages, counts = first["stages"], np.array(first["confusion"])[-1]
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    title = f"after the last stage: {first['routing_accuracy'][-1]:.1f}% routed right"
+    labels = "task of the question", "expert that answered", "share of the questions (%)"
+    heat_maps({title: shares}, (stages, stages), labels, (0, 100), path / "confusion.png")
+    mllm_cl_cases(first, path / "cases.png")
+    columns = {"routed right (%)": lambda r: r["routing_accuracy"][-1]}
+    columns["MFN (%)"] = lambda r: r["metrics"]["MFN"]
+    steps = ("router", "routing")  # training routers, and routing
+    columns["seconds of routers"] = lambda r: sum(r["seconds_by_part"].get(k, 0) for k in steps)
+    bars(groups, columns, path / "routers.png")
+    shots = {}
+    for records in groups.values():
+        args = records[0]["args"]
+        point = args["shots"], np.mean([r["routing_accuracy"][-1] for r in records])
+        name = f"router {args['router']}, blind_shots {args['blind_shots']}"
+        shots.setdefault(name, []).append(point)
+    if any(len(points) > 1 for points in shots.values()):
+        curves = {name: list(zip(*sorted(points))) for name, points in shots.items()}
+        title, x = "How many samples does the router need?", "samples kept per task"
+        lines(curves, title, x, "routed right (%)", path / "shots.png")
+    x, each = np.arange(1, len(stages) + 1), first["trainable_parameters"] / 1e3
+    router = each * (x > 1) * (first["args"]["router"] in ("mllm", "generate"))
+    curves = {"experts": (x, each * x), "experts and router": (x, each * x + router)}
+    title = "Stored parameters: one LoRA per task, and the router"
+    lines(curves, title, "stage", "thousands", path / "parameters.png")
+    return baselines(folders, path)
+
+
+# ---- 5. README, docs, command line ---------------------------------------------------------------
+
+
+def docs(root="."):
+    """The pictures of README and docs that come from the records in results/."""
+    names, path = ("cram", "report", "report-drift"), Path(root, "docs", "figures")
+    sweeps = {name: read_json(Path(root, "results", f"{name}.jsonl"), lines=True) for name in names}
+    home = [record for record in sweeps["cram"] if record["stream"] == "ucit"]
+    rows = {"sequential LoRA": "sequential", "CRAM": "CRAM"}
+    groups = {label: [r for r in home if r["row"] == row] for label, row in rows.items()}
+    two_matrices(groups, path / "matrices.png")
+    panels, x, y = [], "drift (JSD, nats)", "forgotten (points)"
+    for sweep, stream in (("report", "domains"), ("report", "vqacl"), ("report-drift", "domains")):
+        dots = {"with L_spec": [], "geometry only": []}
+        for record in sweeps[sweep]:
+            if "drift" in record and record["stream"] == stream:
+                name = "with L_spec" if record["args"]["beta"] else "geometry only"
+                dots[name] += record["drift"].values()
+        dots = {name: np.array(pairs, dtype=float).T for name, pairs in dots.items()}
+        panels.append((f"{sweep}: {stream}", x, y, dots))
+    scatter(panels, path / "asr-drift.png", "log")
+    return path
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("plot.py", description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="(default: README and docs)")
+    parser.add_argument("--out", metavar="DIR", help="(default: figures/ of the first run)")
+    args = parser.parse_args(argv)
+    scripts = {read_run(folder)["script"] for folder in args.runs}
+    known = {"asr": asr, "cram": cram, "mllm_cl": mllm_cl}
+    draw = known.get(min(scripts), baselines) if len(scripts) == 1 else baselines
+    print("figures:", draw(args.runs, args.out) if args.runs else docs())
+
+
+if __name__ == "__main__":
+    with input_errors():
+        main()

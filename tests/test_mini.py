@@ -1,141 +1,132 @@
-"""The mini world: deterministic, true to the released formats, readable by its own tokenizer."""
+"""The drawn world: true labels, right answers, released formats. The recipe of the tiny LLaVA."""
 
-import argparse
-import hashlib
-import json
-import re
-
+import draw
 import numpy as np
+import pretrain
 import pytest
+import streams
+import torch
+from safetensors.torch import load_file
 
 import data
-import mini
-from data import QUESTION_TYPES, object_group
 
 
-def digest(folder):
-    total = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        total.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return total.hexdigest()
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """Two drawings of each kind of stream, a tenth of the usual size."""
-    folders = {}
-    for name, draw in (("vqa", mini.draw_vqa), ("domains", mini.draw_domains)):
-        folders[name] = [tmp_path_factory.mktemp(f"{name}{k}") for k in range(3)]
-        for folder, seed in zip(folders[name], (0, 0, 1), strict=True):
-            draw(np.random.default_rng(seed), folder, 0.05)
-    return folders
-
-
-@pytest.mark.parametrize("name", ["vqa", "domains"])
-def test_same_seed_same_bytes(small, name):
-    first, again, other = map(digest, small[name])
-    assert first == again != other
-
-
-def test_vqa_files_have_the_released_records(small):
-    folder = small["vqa"][0]
-    categories = json.loads((folder / "ImgId_cate_map.json").read_text())
-    raw = json.loads((folder / "vqa" / "v2_mscoco_train2014_annotations.json").read_text())
-    humans = {row["question_id"]: row for row in raw["annotations"]}
-    for kind in QUESTION_TYPES:
-        path = folder / "vqa" / "Partition_Q" / f"karpathy_train_q_{kind}.json"
-        for record in json.loads(path.read_text()):
-            assert list(record) == sorted(record)
-            assert {
-                "answer_type",
-                "img_id",
-                "label",
-                "question_id",
-                "question_type",
-                "sent",
-            } == set(record)
-            row = humans[record["question_id"]]
-            assert len(row["answers"]) == 10
-            assert max(record["label"], key=record["label"].get) == row["multiple_choice_answer"]
-            assert record["img_id"] in categories
-
-
-def test_object_classes_fill_the_groups_of_both_readings():
-    for reading, per_group in (("paper", 3), ("released", 1)):
-        groups = [object_group(coco, reading) for coco, _, _ in mini.OBJECTS.values()]
-        assert all(groups.count(f"G{k}") >= per_group for k in range(1, 6)), (reading, groups)
-
-
-def test_questions_are_answered_by_the_drawing():
-    """A question about a place or a color must have one true answer: look at the labels."""
+def pictures(kind, n=20):
     rng = np.random.default_rng(3)
-    for _ in range(50):
-        picture = mini.scene(rng)
-        asked = {kind: (q, a) for kind, q, a in picture.questions}
-        what, color, _ = picture.labels
-        _, place = asked["location"]
-        rows = slice(0, 4) if "top" in place else slice(4, 8)
-        columns = slice(0, 4) if "left" in place else slice(4, 8)
-        corner = {mini.WHAT[k] for k in what[rows, columns].flatten()}
-        assert asked["recognition"][1] in corner
-        shown = {list(mini.COLORS)[k - 1] for k in color[rows, columns].flatten() if k}
-        assert {asked["color"][1]} == shown  # one thing a quadrant
+    return [kind(rng) for _ in range(n)]
 
 
-def test_tokenizer_reads_and_writes_anything():
-    tok = mini.build_tokenizer()
-    for text in ("what color is the car? red", "Wie heißt das? 東京 🙂", "x = 3.14; y\t!"):
-        ids = tok(text, add_special_tokens=False)["input_ids"]
-        assert tok.decode(ids) == text
-    for word in (*mini.COLORS, *mini.OBJECTS, *mini.SHAPES, *mini.WORDS, *mini.LETTERS):
-        assert len(tok(f" {word}", add_special_tokens=False)["input_ids"]) == 1, word
+def answers(picture):
+    return {kind: answer for kind, _, answer in picture.questions}
 
 
-def test_packed_questions_equal_single_prompts():
-    """Packing is only for speed: logits of a packed turn equal those of the prompt alone."""
-    import torch
+@pytest.mark.parametrize("kind", draw.KINDS, ids=lambda kind: kind.__name__)
+def test_patches_labelled_with_a_color_show_it(kind):
+    for picture in pictures(kind):
+        for k, rgb in enumerate(draw.COLORS.values(), start=1):
+            labelled = np.kron(picture.labels[1] == k, np.ones((8, 8), bool))  # [64, 64] pixels
+            shown = (picture.image == rgb).all(-1)
+            assert (shown & labelled).any() or not labelled.any()
 
+
+def test_scenes_answer_what_is_where():
+    """The labels of a corner name one thing of one color: what the questions ask for."""
+    for picture in pictures(draw.scene):
+        answer, (what, color, _) = answers(picture), picture.labels
+        rows = slice(0, 4) if "top" in answer["location"] else slice(4, 8)
+        columns = slice(0, 4) if "left" in answer["location"] else slice(4, 8)
+        assert answer["recognition"] in {draw.WHAT[k] for k in what[rows, columns].flatten()}
+        shown = {list(draw.COLORS)[k - 1] for k in color[rows, columns].flatten() if k}
+        assert shown == {answer["color"]}
+        names = [thing.name for thing in picture.things]
+        assert answer["count"] in (str(len(names)), str(names.count(answer["recognition"])))
+
+
+def test_charts_slides_and_maps_answer_what_is_drawn():
+    for picture in pictures(draw.bars):
+        _, question, answer = picture.questions[1]
+        rgb = draw.COLORS[question.split()[-2]]
+        assert answer == str((picture.image == rgb).all(-1).any(1).sum() // 8)  # 8 pixels per unit
+    for picture in pictures(draw.slide):
+        state = picture.labels[2]  # of 2 x 2 patches per cell: 1 healthy, 2 sick
+        assert answers(picture)["cell-count"] == str((state > 0).sum() // 4)
+        assert answers(picture)["cell-sick"] == str((state == 2).sum() // 4)
+    for picture in pictures(draw.aerial):
+        assert answers(picture)["house-count"] == str(picture.labels[2].sum() // 4)
+
+
+@pytest.mark.parametrize("name", streams.STREAMS)
+def test_streams_are_deterministic_and_read_like_released_ones(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "TASK_SIZE", {"train": 6, "test": 4})
+    for folder in (tmp_path / "first", tmp_path / "again"):
+        rng = np.random.default_rng(0)
+        if name in streams.TASKS:
+            streams.draw_tasks(rng, folder, name)
+        else:
+            (streams.draw_domains if name == "domains" else streams.draw_vqa)(rng, folder, 0.02)
+    assert streams.digest(tmp_path / "first") == streams.digest(folder)
+    args = data.common_flags("test", "").parse_args(["--stream", name, "--data", str(folder)])
+    stages = data.load_stream(args).stages
+    assert [stage.name for stage in stages] == list(data.STREAMS[name].stages)
+    for stage in stages:
+        assert len(stage.train) > 1 and len(stage.test) > 1
+        assert data.load_image(stage.test[0].image).size == (64, 64)
+        letters = {sample.answer for sample in stage.train} <= set("ABC")
+        assert letters or stage.metric not in ("letter", "option"), stage.name
+    if name == "vqacl":
+        groups = {sample.group for stage in stages for sample in stage.train}
+        assert groups == {"G1", "G2", "G3", "G4", "G5"}
+
+
+def test_a_stream_is_drawn_completely_or_not_at_all(tmp_path, monkeypatch):
+    folder, manifest = tmp_path / "dcl", tmp_path / "dcl" / "manifest.json"
+
+    def complete(name, fresh):
+        fresh.mkdir()
+        (fresh / "picture").write_text(name)
+
+    def interrupted(name, fresh):
+        complete(name, fresh)
+        raise KeyboardInterrupt
+
+    def overtaken(name, fresh):  # by another process that draws the same
+        complete(name, fresh)
+        monkeypatch.setattr(streams, "draw_stream", complete)
+        monkeypatch.setattr(streams.os, "getpid", lambda: 1)
+        streams.replace_stream(name, folder)
+
+    monkeypatch.setattr(streams, "draw_stream", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        streams.replace_stream("dcl", folder)
+    assert not folder.exists()
+    for draw_stream in (complete, overtaken):
+        monkeypatch.setattr(streams, "draw_stream", draw_stream)
+        streams.replace_stream("dcl", folder)
+        assert list(tmp_path.iterdir()) == [folder] and "older" not in manifest.read_text()
+        manifest.write_text('{"stream": "dcl", "version": "older"}')
+    manifest.unlink()
+    with pytest.raises(SystemExit, match="was not drawn by this script"):
+        streams.replace_stream("dcl", folder)
+
+
+def test_the_recipe_makes_the_shipped_tokenizer_and_model():
     torch.manual_seed(0)
-    model, processor = mini.build_model()
-    model.eval()
-    packer = mini.Packer(processor)
-    turns = [("what color is the car?", "red"), ("how many cups are there?", "3")]
+    model, processor = pretrain.build_model()
+    tokenizer, shipped = processor.tokenizer, pretrain.TINY / "tokenizer.json"
+    assert tokenizer.backend_tokenizer.to_str(pretty=True) == shipped.read_text()
+    weights = load_file(pretrain.TINY / "model.safetensors")
+    shapes = [sorted(v.shape for v in w.values()) for w in (model.state_dict(), weights)]
+    assert shapes[0] == shapes[1]
+    for text in ("what color is the car? red", "Wie heißt das? 東京 🙂", "x = 3.14; y\t!"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    # packing is only for speed: a packed turn has the logits of the prompt alone
+    pairs = [("what color is the car?", "red"), ("how many cups are there?", "3")]
     features = torch.randn(1, 64, 128)
     with torch.no_grad():
-        both, said = mini._packed_logits(model, packer([turns]), features)
-        alone = [mini._packed_logits(model, packer([[turn]]), features) for turn in turns]
-    assert said.tolist() == [token for _, tokens in alone for token in tokens.tolist()]
-    assert torch.allclose(both, torch.cat([logits for logits, _ in alone]), atol=1e-5)
+        packs = [pretrain.pack(tokenizer, [turns]) for turns in (pairs, pairs[:1], pairs[1:])]
+        both, *alone = [pretrain.answer_logits(model.eval(), p, features)[0] for p in packs]
+    assert torch.allclose(both, torch.cat(alone), atol=1e-5)
 
 
-def forms(answer):
-    """What kind of answer this is, as a reader would say it."""
-    if isinstance(answer, float):
-        return "box"
-    if re.fullmatch("[A-F]", answer):
-        return "letter"
-    return "number" if answer.isdigit() else "caption" if " " in answer else "word"
-
-
-@pytest.mark.parametrize("stream", ["ucit", "trigap", "coin"])
-def test_stages_differ_in_picture_instruction_or_form_of_answer(stream, monkeypatch, tmp_path):
-    """Drawn small and read as the released files are; no two stages are alike in all three."""
-    monkeypatch.setitem(mini.TASK_SIZE, "train", 24)
-    monkeypatch.setitem(mini.TASK_SIZE, "test", 12)
-    mini.draw_tasks(np.random.default_rng(0), tmp_path, stream)
-    parser = argparse.ArgumentParser()
-    data.add_common_flags(parser)
-    args = parser.parse_args(["--stream", stream, "--data", str(tmp_path)])
-    kinds, metrics = set(), {"caption": "caption", "iou": "box", "letter": "letter"}
-    for stage in data.load_stream(args).stages:
-        assert len(stage.train) == 24 and len(stage.test) == 12
-        boxes = stage.metric == "iou"
-        form = {forms(0.5 if boxes else s.answer) for s in stage.train}
-        assert form == {metrics.get(stage.metric)} or stage.metric not in metrics, stage.name
-        instruction = stage.train[0].question.split("\n")[-1]
-        if len({s.question.split("\n")[-1] for s in stage.train}) > 1:
-            instruction = None  # each question is its own
-        pictures = np.stack([np.asarray(data.load_image(s.image)) for s in stage.train])
-        look = tuple((pictures.mean((0, 1, 2)) / 16).round().astype(int))
-        kinds.add((instruction, tuple(sorted(form)), look))
-    assert len(kinds) == len(mini.TASKS[stream]) == len(data.STREAMS[stream].stages)
+def test_the_table_in_the_readme_is_that_of_the_records():
+    assert pretrain.table() in (draw.HERE / "README.md").read_text()

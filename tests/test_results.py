@@ -1,174 +1,143 @@
-"""What is committed fits together: records, base model, README."""
+"""Sweeps, records and tables of results/: what is committed fits together, and new runs join it."""
 
+import importlib
 import json
-import re
+import math
 import shlex
-import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_scripts import run_here
 
 import eval as evaluation
-import sweep
-from data import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
-RECORDS = sorted((ROOT / "results").glob("*/*.json"))
-
-
-@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
-def test_record_comes_from_the_shipped_model(path):
-    record = evaluation.load_record(path)
-    assert record["model_sha256"] == sweep._shipped()
-    assert evaluation.metrics(record["matrix"])["AP"] == pytest.approx(record["metrics"]["AP"])
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "results"))  # run.py is a script, and imports its neighbors
+run, sweeps, tables = (importlib.import_module(name) for name in ("run", "sweeps", "tables"))
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+def record(stream="one", seed=0, ap=50.0, **facts):
+    """A record of two tasks, of which the first loses ten points."""
+    matrix = [[ap + 10, None], [ap, ap]]
+    facts = {"script": "baselines", "args": {"rank": 16, "method": "sequential"}} | facts
+    usual = {"stages": ["a", "b"], "matrix": matrix, "seconds": 60.0, "peak_memory_mb": 500.0}
+    return usual | {"stream": stream, "seed": seed, "metrics": evaluation.metrics(matrix)} | facts
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_tables_and_line_numbers_are_up_to_date(page, tmp_path, monkeypatch):
-    """If this fails after a change: python sweep.py --readme"""
-    monkeypatch.chdir(ROOT)
-    copy = tmp_path / page.name
-    shutil.copyfile(page, copy)
-    sweep.write_page(copy)
-    assert copy.read_text() == page.read_text()
+def lines_of(text):
+    """{first cell: other cells} of a Markdown table, with ordinary spaces."""
+    cells = [line.replace("\u00a0", " ").strip("|").split("|") for line in text.split("\n")]
+    return {first.strip(): [cell.strip() for cell in others] for first, *others in cells}
 
 
-def test_one_command_prints_every_table(monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "RESULTS", ROOT / "results")  # main sets it; this undoes that
-    assert evaluation.main([str(ROOT / "results"), "--table", "--markdown"]) == 0
-    printed = capsys.readouterr().out
-    for page in PAGES:
-        for name in re.findall(r"<!-- table (\S+) -->", page.read_text()):
-            if name in sweep.SWEEPS or name in sweep.OTHER_TABLES:  # the rest has no records
-                assert f"## {name}\n\n{sweep.block(name)}\n" in printed
+def test_a_sweep_has_means_deviations_intervals_and_missing_cells():
+    rows = {
+        "sequential": {seed: record(seed=seed, ap=50.0 + seed) for seed in range(3)},
+        "better": {0: record(ap=54.0), 1: record(seed=1, ap=56.0), 2: None},
+        "never": dict.fromkeys(range(3)),
+    }
+    text = tables.sweep_tables("try", {"one": rows})
+    first, second, third = (lines_of(table) for table in text.split("\n\n")[1:])
+    assert first["sequential"][:4] == ["3", "51.0 ± 1.0", "", "10.0 ± 0.0"]
+    # differences are 4 and 5; t with one degree of freedom is 12.706
+    low, high = (4.5 + sign * 12.706205 * 0.5 for sign in (-1, 1))
+    difference = f"+4.5 [{low:+.1f}, {high:+.1f}]"
+    assert first["better"][:3] == ["2 (missing 2)", "55.0 ± 1.4", difference]
+    assert first["never"][:2] == ["0 (missing 0, 1, 2)", "-"]
+    assert third["better"] == ["55.0", "55.0"] and third["never"] == ["missing", "missing"]
+    assert second["row"] == ["MFT", "kept samples", "seconds", "MB"]
 
 
-def test_a_record_that_its_command_would_not_make_today_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    file, line = next(cell for cell in sweep.cells("report") if cell[0].exists())
-    record = evaluation.read_json(file)
-    assert sweep.outdated(record, line) == ""
-    record["args"]["lr"] *= 2
-    monkeypatch.setattr(sweep, "RESULTS", tmp_path)
-    copy = tmp_path / "report" / file.name
-    copy.parent.mkdir()
-    evaluation.write_json(copy, record)
-    with pytest.raises(InputError, match="is not what its command does now .lr .*, now "):
-        sweep.records_of("report", record["stream"])
+def test_the_table_of_all_methods_counts_common_seeds_and_weighs_streams_equally():
+    """Seed 1, which joint training lacks on stream one, counts in no row of that stream."""
+
+    def cells(stream, **ap):
+        return {int(seed[1:]): record(stream, int(seed[1:]), x) for seed, x in ap.items()}
+
+    both = {
+        "sequential": cells("one", s0=10.0, s1=30.0),
+        "joint": cells("one", s0=20.0) | {1: None},
+    }
+    two = {"sequential": cells("two", s0=50.0), "joint": {0: None}}
+    results = {"all": {"one": both, "two": two}, "all-baselines": {"one": {}, "two": {}}}
+    first, second = (lines_of(table) for table in tables.choice(results).split("\n\n"))
+    assert first["sequential"] == ["10.0", "50.0"] and first["joint"] == ["20.0", "missing"]
+    assert second["sequential"][0] == "30.0" and second["joint"][0] == "missing"
 
 
-def test_a_record_of_another_tiny_llava_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    file, _ = next(cell for cell in sweep.cells("report") if cell[0].exists())
-    record = evaluation.read_json(file) | {"model_sha256": "0" * 64}
-    monkeypatch.setattr(sweep, "RESULTS", tmp_path)
-    (tmp_path / "report").mkdir()
-    evaluation.write_json(tmp_path / "report" / file.name, record)
-    with pytest.raises(InputError, match="another tiny LLaVA"):
-        sweep.records_of("report", record["stream"])
-
-
-def test_the_table_of_all_methods_by_hand(monkeypatch):
-    """Seed 2, which one row lacks, counts in no row of that stream; a stream counts as much as
-    another, whatever its seeds; a row without records on a stream has no mean."""
-
-    def record(stream, seed, ap, seconds):
-        return {"stream": stream, "seed": seed, "metrics": {"AP": ap, "AF": ap / 10, "MFT": None},
-                "seconds": seconds, "stored_parameters": [1000, 2000], "script": "asr",
-                "args": {}, "stages": ["a", "b"]}  # fmt: skip
-
-    def records(label, stream, seeds, ap, seconds):
-        return {label: {k: record(stream, k, ap + k, seconds) for k in seeds}}
-
-    def rows(name, stream):
-        empty = {label: {} for label in sweep.SWEEPS[name][2]}
-        if name == "all-baselines":
-            return empty | (records("ewc", "one", [0], 40.0, 30) if stream == "one" else {})
-        if stream == "one":
-            own = records("sequential", "one", range(3), 10.0, 10)
-            return empty | own | records("ASR", "one", range(2), 20.0, 20)
-        own = records("sequential", "two", [0], 50.0, 10)
-        return empty | own | records("ASR", "two", [0], 70.0, 40)
-
-    monkeypatch.setattr(sweep, "rows_of", rows)
-    monkeypatch.setattr(sweep, "ALL", ["one", "two"])
-    lines = [re.split(r"\s{2,}", line.strip()) for line in sweep.choice_table(False).split("\n")]
-    lines = {line[0]: line[1:] for line in lines}
-    assert lines["sequential"][:3] == ["10.0", "50.0", "30.0"]  # seed 0 alone: ewc has no other
-    assert lines["EWC"][:3] == ["40.0", "missing", "missing"]
-    assert lines["ASR"] == ["20.0", "70.0", "45.0", "-", "4.5", "2.0", "0.0", "3.0"]
-    assert lines["seeds that all rows have"][:2] == ["0", "0"]
-    without_ewc = {label: {} for label in sweep.OTHERS}
-    monkeypatch.setattr(sweep, "rows_of", lambda name, s: without_ewc | rows("all", s))
-    line = sweep.choice_table(False).split("\n")[1].split()
-    assert line[:4] == ["sequential", "10.5", "50.0", "30.2"]
-
-
-def test_a_row_comes_back_from_its_command(tmp_path, monkeypatch):
-    """The cheapest record, from the command printed under its table: byte-equal on the machine that
-    made it, within a point elsewhere."""
-    monkeypatch.chdir(ROOT)
-    file = ROOT / "results" / "regime" / "zeroshot-domains-0.json"
-    printed = re.findall(r"# zeroshot\n(python .+)", sweep.commands("regime"))[0]
-    line = printed.replace("STREAM", "domains").replace("SEED", "0")
-    assert f"python {dict(sweep.cells('regime'))[Path(*file.parts[-3:])]}" == line
-    out = tmp_path / "run"
-    script, *flags = shlex.split(line)[1:]
-    run_here(Path(script).stem, flags[: flags.index("--out")], out)
-    record, again = (evaluation.read_json(x) for x in (file, out / "summary.json"))
-    assert again["metrics"]["AP"] == pytest.approx(record["metrics"]["AP"], abs=1)
-
-
-def test_drift_correlation_by_hand():
+def test_drift_is_correlated_within_runs_and_averaged_as_fisher_z():
     x, rng = np.linspace(1, 2, 30), np.random.default_rng(0)
-
-    def record(seed, y):
-        drift = {str(k): [a, b] for k, (a, b) in enumerate(zip(x, y, strict=True))}
-        return {"seed": seed, "drift": drift | {"never": [None, 1.0]}}
-
-    noisy = [record(seed, 3 * x + rng.normal(size=30)) for seed in (0, 0, 1, 2)]
-    points, (mean, low, high), n = evaluation.drift_correlation(noisy)
-    assert points.shape == (2, 120) and n == 3 and low < mean < high
-    r = [np.corrcoef(x, [y for _, y in list(e["drift"].values())[:-1]])[0, 1] for e in noisy]
-    z = np.arctanh(r)
-    assert mean == pytest.approx(np.tanh(np.mean([(z[0] + z[1]) / 2, z[2], z[3]])))
-    falling = [record(seed, -x + 0.01 * rng.normal(size=30)) for seed in range(4)]
-    assert evaluation.drift_correlation(falling)[1][2] < -0.9
+    lost = [3 * x + rng.normal(size=30) for _ in range(4)]
+    drifts = [
+        {f"{k}": [a, b] for k, (a, b) in enumerate(zip(x, y))} | {"never": [None, 1.0]}
+        for y in lost
+    ]
+    runs = [record(seed=seed, drift=drift) for seed, drift in zip((0, 0, 1, 2), drifts)]
+    rows = {"spectral only": {0: runs[0], 1: runs[2], 2: runs[3]}, "geometry only": {0: None}}
+    text = tables.drift({"report": {"one": rows}, "report-drift": {}})
+    z = [np.arctanh(np.corrcoef(x, lost[k])[0, 1]) for k in (0, 2, 3)]
+    with_spectral, without = lines_of(text)["report, one"]
+    assert with_spectral.startswith(f"{np.tanh(np.mean(z)):.2f} [") and without == "missing"
 
 
-def test_the_program_in_the_readme_runs(monkeypatch, capsys):
+@pytest.mark.parametrize("name", sweeps.SWEEPS)
+def test_records_belong_to_their_sweep(name):
+    records, cells = run.read(name), sweeps.cells(name)
+    assert records and set(records) <= set(cells)
+    assert len(records) == len((ROOT / "results" / f"{name}.jsonl").read_text().splitlines())
+    assert list(records) == sorted(records, key=lambda cell: run.position(name, cell))
+    for entry in records.values():
+        metrics = evaluation.metrics(entry["matrix"])
+        assert math.isfinite(metrics["AP"])
+        for key, value in entry["metrics"].items():
+            assert metrics[key] == pytest.approx(math.nan if value is None else value, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", sweeps.SWEEPS)
+def test_commands_are_understood_by_their_scripts(name):
+    folders = set()
+    for command in sweeps.cells(name).values():
+        script, *flags = shlex.split(command)
+        args = importlib.import_module(Path(script).stem).parse(flags)
+        folders.add(args.out)
+    assert len(folders) == len(sweeps.cells(name))
+
+
+def test_every_table_is_printed(capsys, monkeypatch):
+    for name in (*tables.TABLES, "cram"):
+        monkeypatch.setattr(sys, "argv", ["run.py", name, "--table"])
+        run.main()
+        assert capsys.readouterr().out.count("\n|") > 3
+
+
+def test_a_missing_cell_is_run_and_added_once(tmp_path, monkeypatch):
+    rows = {"zero-shot": "baselines.py --method zeroshot --limit 20 --limit_test 10"}
+    monkeypatch.setitem(sweeps.SWEEPS, "try", sweeps.Sweep(["domains"], [0], rows))
+    monkeypatch.setattr(sweeps, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
     monkeypatch.chdir(ROOT)
-    (program,) = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert '"cpu"]' in program
-    short = program.replace('"cpu"]', '"cpu", "--limit", "8", "--limit_test", "4"]')
-    exec(short, {})
-    lines = capsys.readouterr().out.splitlines()
-    assert [len(line.split(",")) for line in lines[-5:]] == [1, 2, 3, 4, 5]
+    for _ in range(2):
+        run.run_sweep("try")
+        (line,) = (tmp_path / "try.jsonl").read_text().splitlines()
+    (tmp_path / "try.jsonl").unlink()
+    run.run_sweep("try")  # the run is there, and only its record is made again
+    assert (tmp_path / "try.jsonl").read_text() == f"{line}\n"
+    entry = json.loads(line)
+    assert entry["row"] == "zero-shot" and entry["script"] == "baselines" and entry["seconds"] > 0
+    (tmp_path / "try.jsonl").unlink()
+    rows["zero-shot"] += " --lr 1"
+    with pytest.raises(run.InputError, match="exit code 2, see .*zero-shot-domains-0.log"):
+        run.run_sweep("try")  # the run has other settings
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text())
-    assert links and all((page.parent / link).exists() for link in links)
-
-
-def test_a_sweep_skips_what_is_there_and_names_what_is_missing(tmp_path, monkeypatch):
-    """One cell is run, the second start runs nothing, the other seeds are named as missing."""
-    monkeypatch.setattr(sweep, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(sweep, "RUNS", tmp_path / "runs")
-    rows = {"zeroshot": "baselines.py --method zeroshot --limit_test 2"}
-    monkeypatch.setitem(sweep.SWEEPS, "try", (["domains"], range(2), rows))
-    monkeypatch.chdir(ROOT)
-    (record, line), second = sweep.cells("try")
-    assert sweep.run_cell(record, line) == ""
-    before = record.stat().st_mtime_ns
-    assert sweep.run_cell(record, line) == "" and record.stat().st_mtime_ns == before
-    assert not second[0].exists()
-    assert "missing 1" in sweep.block("try")
-    assert json.loads(record.read_text())["script"] == "baselines"
-    assert "exit code 2" in sweep.run_cell(second[0], second[1].replace("domains ", "nowhere "))
+def test_a_run_whose_experts_are_needed_comes_first_even_if_its_record_is_there(monkeypatch):
+    rows = {"oracle": "mllm_cl.py --experts {experts}", "other": "cram.py", "MR-LoRA": "mllm_cl.py"}
+    monkeypatch.setitem(sweeps.SWEEPS, "try", sweeps.Sweep(["dcl"], [0], rows))
+    monkeypatch.setattr(
+        run, "read", lambda name: {("MR-LoRA", "dcl", 0): {}, ("other", "dcl", 0): {}}
+    )
+    started = []
+    monkeypatch.setattr(run, "run_cell", lambda name, cell, command: started.append(cell[0]))
+    run.run_sweep("try")
+    assert started == ["MR-LoRA", "oracle"]

@@ -1,0 +1,217 @@
+"""The tables of results/run.py, in Markdown, from what its `load` returns.
+
+A sweep is {stream: {row: {seed: record}}}, with None for a cell that has not been run. Numbers are
+means over seeds. Differences between rows are paired by seed and have a 95% t interval.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from eval import difference, grid, mean_std, paired, show
+
+RESULTS = Path(__file__).parent
+ORACLE = "one LoRA per task, task known"
+GOALS = {  # sweep -> what was hoped for: (name, wanted, row, column, row that is subtracted)
+    "regime": (
+        ("zero-shot AP", "30 to 90% of joint AP", "zero-shot", "AP", None),
+        ("joint AP", "", "joint", "AP", None),
+        ("sequential AP", "", "sequential", "AP", None),
+        ("joint AP - sequential AP", "5 or more", "joint", "AP", "sequential"),
+        ("sequential AF", "10 to 30", "sequential", "AF", None),
+        ("joint - joint without pictures, smallest kind", "20 or more", "joint", "picture", None),
+    ),
+    "report": (
+        ("AP of ASR - AP of sequential", "above 0", "both, parser", "AP", "sequential"),
+        ("AF of ASR - AF of sequential", "below 0", "both, parser", "AF", "sequential"),
+    ),
+    "cram": (
+        ("AF of CRAM", "below 25% of sequential", "CRAM", "AF", None),
+        ("AF of sequential", "", "sequential", "AF", None),
+        ("AP of CRAM - AP with the task known", "-3 or more", "CRAM", "AP", ORACLE),
+        (
+            "stored, of one LoRA per task (%)",
+            "80 or less",
+            "CRAM",
+            "of one LoRA per task (%)",
+            None,
+        ),
+    ),
+    "mr-lora": (
+        ("right expert (%)", "97 or more on dcl", "MR-LoRA", "right expert (%)", None),
+        ("AP - AP with the task known", "within 1", "MR-LoRA", "AP", "MR-LoRA, oracle"),
+        ("BWT", "within 0.5 of 0", "MR-LoRA", "BWT", None),
+    ),
+}
+
+
+def details(record: dict) -> dict[str, float | None]:
+    """What a record has beside the usual metrics, by the name of its column."""
+    args, T = record["args"], len(record["stages"])
+    routed, stored = record.get("routing_accuracy", {}), record.get("stored_parameters", math.nan)
+    if isinstance(routed, list):  # mllm_cl.py: after every stage
+        routed = {"expert": routed[-1]}
+    stored = stored[-1] if isinstance(stored, list) else stored
+    full = record.get("per_rank", math.nan) * args["rank"] * T  # cram.py: a LoRA of rank r per task
+    energy = [share for share in record.get("energy", []) if share is not None]
+    kept = {"replay": args.get("buffer"), "joint": math.nan}.get(args.get("method"), 0)
+    if args.get("router", "oracle") != "oracle":
+        kept = args["shots"]
+    return {
+        "MFT": record["metrics"]["MFT"],
+        "right group (%)": routed.get("group"),
+        "right expert (%)": routed.get("expert"),
+        "older experts' weight (%)": 100 * np.mean(record.get("old_experts_weight", math.nan)),
+        "energy in older outputs (%)": 100 * np.mean(energy or math.nan),
+        "stored (1000)": stored / 1e3,
+        "of one LoRA per task (%)": 100 * stored / full,
+        "kept samples": kept * (T - 1),
+        "answers": record.get("cost", {}).get("generations"),
+        "seconds": record["seconds"],
+        "MB": record["peak_memory_mb"],
+    }
+
+
+def numbers(record: dict) -> dict[str, float]:
+    """All numbers of a record: metrics, details, scores after the last stage; nan where missing."""
+    values = record["metrics"] | details(record)
+    values |= dict(zip(record["stages"], record["matrix"][-1]))
+    points = [pair for pair in record.get("drift", {}).values() if None not in pair]
+    if points:  # do skills whose spectra drift lose accuracy? Fisher's z of their correlation
+        values["drift"] = np.arctanh(np.corrcoef(*zip(*points))[0, 1])
+    for kind, (seeing, blind) in record.get("blind", {}).get("seeing_blind_by_kind", {}).items():
+        values[f"picture: {kind}"] = seeing - blind
+    return {name: math.nan if value is None else value for name, value in values.items()}
+
+
+def finished(cells: dict) -> dict[int, dict]:
+    """{seed: numbers} of a row's cells that have been run."""
+    return {seed: numbers(record) for seed, record in cells.items() if record}
+
+
+def column(runs: dict, name: str) -> list[float]:
+    return [values[name] for values in runs.values()]
+
+
+def mean(values: list) -> str:
+    return show(np.mean(values)) if values else "missing"
+
+
+def apart(runs: dict, others: dict, name: str) -> str:
+    """How far a row lies from another, over the seeds that both have."""
+    return difference([(runs[seed][name], others[seed][name]) for seed in runs if seed in others])
+
+
+def sweep_tables(name: str, sweep: dict) -> str:
+    """Per stream: metrics, with differences to the first row; details; scores of all tasks."""
+    texts = []
+    for stream, rows in sweep.items():
+        runs, first = {row: finished(cells) for row, cells in rows.items()}, next(iter(rows))
+        table = [["row", "seeds", "AP", f"AP - {first}", "AF", f"AF - {first}", "Avg", "BWT"]]
+        for row, cells in rows.items():
+            missing = ", ".join(str(seed) for seed in cells if seed not in runs[row])
+            line = [row, f"{len(runs[row])} (missing {missing})" if missing else str(len(cells))]
+            for key in ("AP", "AF", "Avg", "BWT"):
+                line.append(mean_std(column(runs[row], key)))
+                if key in ("AP", "AF"):
+                    line.append("" if row == first else apart(runs[row], runs[first], key))
+            table.append(line)
+        texts += [f"{name}, `--stream {stream}`:", grid(table, True)]
+        records = [record for cells in rows.values() for record in cells.values() if record]
+        if records:
+            texts.append(columns_table("row", runs, details(records[0]), mean_std))
+            texts.append(columns_table("after the last stage", runs, records[0]["stages"], mean))
+    return "\n\n".join(texts)
+
+
+def columns_table(title: str, runs: dict, names, form) -> str:
+    """A line per row; columns without any number are left out."""
+    columns = {name: [form(column(cells, name)) for cells in runs.values()] for name in names}
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    return grid([[title, *columns], *zip(runs, *columns.values())], True)
+
+
+def choice(results: dict) -> str:
+    """All methods on seven streams: AP; then means over the streams, each with the same weight.
+
+    Seeds are those that all rows of a stream have; time is relative to sequential LoRA.
+    """
+    streams = {}  # stream -> {row: {seed: numbers}}
+    for stream, rows in results["all"].items():
+        rows = results["all-baselines"][stream] | rows
+        runs = {row: finished(cells) for row, cells in rows.items()}
+        having = [set(cells) for cells in runs.values() if cells]
+        seeds = sorted(set(runs["sequential"]).intersection(*having))
+        for row, cells in runs.items():
+            runs[row] = {seed: cells[seed] for seed in seeds if cells}
+            for seed, values in runs[row].items():
+                values["time"] = values["seconds"] / runs["sequential"][seed]["seconds"]
+        streams[stream] = runs
+    names = ("AP", "MFT", "AF", "stored (1000)", "kept samples", "time")
+    first, second = [["AP", *streams]], [["mean over streams", *names]]
+    for row in rows:
+        cells = [runs[row] for runs in streams.values()]
+        first.append([row, *(mean(column(x, "AP")) for x in cells)])
+        means = [[np.mean(column(x, name)) for x in cells if x] for name in names]
+        second.append([row, *(mean(x if all(cells) else []) for x in means)])
+    first.append(["seeds", *(", ".join(map(str, x["sequential"])) for x in streams.values())])
+    return f"{grid(first, True)}\n\n{grid(second, True)}"
+
+
+def goals(results: dict) -> str:
+    """What was hoped for, and what was measured, for every stream of four sweeps."""
+    texts = []
+    for name, wishes in GOALS.items():
+        table = [[name, "wanted", *results[name]]]
+        for what, wanted, row, key, other in wishes:
+            table.append([what, wanted])
+            for rows in results[name].values():
+                runs = finished(rows[row])
+                if other:
+                    text = apart(runs, finished(rows[other]), key)
+                elif key == "picture":  # yes/no questions can be guessed
+                    kinds = {x for values in runs.values() for x in values if "picture: " in x}
+                    means = [np.mean(column(runs, x)) for x in kinds - {"picture: judge"}]
+                    text = mean([min(means)] if means else [])
+                else:
+                    text = mean(column(runs, key))
+                table[-1].append(text)
+        texts.append(grid(table, True))
+    return "\n\n".join(texts)
+
+
+def beside(results: dict) -> str:
+    """The papers' numbers, quoted in published.json, and ours on the mini stream of that name."""
+    texts = []
+    for quoted in json.loads((RESULTS / "published.json").read_text()):
+        table = [[quoted["title"], *quoted["columns"]]]
+        for row in quoted["rows"]:
+            if "published" in row:
+                table.append([f"{row['name']}: published", *row["published"]])
+            if "sweep" in row:
+                runs = finished(results[row["sweep"]][row["stream"]][row["row"]])
+                ours = [mean(column(runs, key)) for key in quoted["columns"]]
+                table.append([f"{row['name']}: ours", *ours])
+        texts += [f"Published: {quoted['source']}", grid(table, True)]
+    return "\n\n".join(texts)
+
+
+def drift(results: dict) -> str:
+    """Does a skill whose spectrum drifts lose accuracy? Pearson's r over the skills of a run, as z
+    averaged over the rows of a seed, then over seeds; with L_spec, and with L_geo alone."""
+    table = [["r [95%]", "with L_spec", "L_geo alone"]]
+    for name in ("report", "report-drift"):
+        for stream, rows in results[name].items():
+            table.append([f"{name}, {stream}"])
+            for start in (("spectral", "both"), ("geometry",)):
+                runs = [finished(cells) for row, cells in rows.items() if row.startswith(start)]
+                seeds = set.intersection(*map(set, runs))
+                z = [np.mean([cells[seed]["drift"] for cells in runs]) for seed in sorted(seeds)]
+                r, low, high = np.tanh(paired(z, [0] * len(z))[:3])
+                table[-1].append(f"{r:.2f} [{low:.2f}, {high:.2f}]" if seeds else "missing")
+    return grid(table, True)
+
+
+TABLES = {"choice": choice, "goals": goals, "beside": beside, "drift": drift}

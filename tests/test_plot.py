@@ -1,0 +1,116 @@
+"""Figures from small run folders written by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+import plot
+from data import InputError
+
+pytestmark = pytest.mark.filterwarnings("error")
+FLAGS = {"stream": "toy", "seed": 0, "model": "none", "beta": 0.5, "gamma": 0.05, "rank": 2}
+FLAGS |= {"method": "replay", "router": "mllm", "shots": 4, "blind_shots": True}
+RECORD = {"groups": [0, 0], "ranks": [[2, 1], [1, 1]], "instructions": ["a $", "$ b"], "seconds": 1}
+RECORD |= {"per_rank": 10, "stored_parameters": [30, 50], "trained_parameters": [30, 20]}
+RECORD |= {"energy": [None, 0.2], "trainable_parameters": 40, "seconds_by_part": {"routing": 1}}
+RECORD |= {"confusion": [[[2, 0], [0, 0]], [[1, 1], [0, 2]]], "commit": "", "command": ""}
+ROUTED = {"cram": {"group": 100, "expert": 75}}  # elsewhere a number per stage
+COARSE, MIXED, BLIND = np.eye(8)[0], np.repeat([0.5, 0], [2, 6]), np.full(8, np.nan)
+
+
+def make_run(folder, script, facts, matrix=((100, None), (50, 75)), **flags):
+    """A finished run of two stages with two test questions each, of two kinds."""
+    args, results = FLAGS | flags, {"stages": ["one", "two"][: len(matrix)], "matrix": matrix}
+    results["scorers"] = ["exact"] * len(matrix)
+    record = RECORD | results | {"script": script, "args": args, "metrics": plot.metrics(matrix)}
+    record |= {"stream": "toy", "seed": args["seed"], "model_sha256": "none"}
+    record["routing_accuracy"] = ROUTED.get(script, [100, 75])
+    (folder / "predictions").mkdir(parents=True)
+    for t, i in ((1, 1), (2, 1), (2, 2)):
+        row = {"prompt": "is it $5 or $6?", "text": "$5", "answers": ["$6"], "skill": "look"}
+        rows = [row | {"score": float(t == i)}, row | {"skill": "read", "score": 1.0}]
+        text = "\n".join(map(json.dumps, rows))
+        (folder / "predictions" / f"after-{t}-on-{i}.jsonl").write_text(text)
+    args |= {name: record[name] for name in ("script", "commit", "command")}
+    for name, content in {"args": args, "matrix": results, "summary": record}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    np.savez(folder / "facts.npz", **facts)
+    return folder
+
+
+def asr_facts():
+    """The radial spectrum of "look" goes from COARSE to MIXED; "read" has no image."""
+    facts = {f"{i}-{i}-picture": np.zeros((2, 112, 112, 3), np.uint8) for i in (1, 2)}
+    for cell, radial in {"1-1": COARSE, "2-1": MIXED, "2-2": COARSE}.items():
+        facts |= {f"{cell}-{name}": np.stack([radial, BLIND]) for name in ("phi", "radial")}
+        facts |= {f"{cell}-angular": np.stack([COARSE, BLIND]), f"{cell}-map": np.ones((2, 4, 4))}
+    return facts
+
+
+def drawn(path):
+    return {file.stem for file in path.iterdir() if file.stat().st_size > 3000}
+
+
+def test_drift_by_hand(tmp_path):
+    run = make_run(tmp_path / "run", "asr", asr_facts())
+    (run / "summary.json").unlink()  # a run asks for its drift before it writes its record
+    drift = plot.drift(run)
+    # JSD of (1, 0) and (0.5, 0.5), whose mean is (0.75, 0.25); the angular spectrum stays
+    jsd = 0.5 * np.log(1 / 0.75) + 0.5 * (0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25))
+    assert drift["one: look"] == pytest.approx([jsd, 100], abs=1e-5)
+    assert np.isnan(drift["one: read"][0]) and drift["one: read"][1] == 0
+
+
+def test_every_figure_is_drawn(tmp_path):
+    every = {"accuracy", "interference", "matrix"}
+    run = make_run(tmp_path / "asr", "asr", asr_facts())
+    other = make_run(tmp_path / "other", "asr", asr_facts(), beta=0.0, gamma=0.0)
+    figures = "fig2-drift fig4-ablation fig5-spectra fig6-prototypes fig7-distance fig9-cases"
+    assert drawn(plot.asr([run, other])) == every | set(figures.split())
+    one = make_run(tmp_path / "one", "asr", asr_facts(), ((80, None), (None, None)))
+    assert drawn(plot.asr([one])) == every | {"fig4-ablation"}  # nothing can have drifted
+    run = make_run(
+        tmp_path / "cram",
+        "cram",
+        {"1-1-weights": 0} | {f"2-{i}-weights": np.eye(2) for i in (1, 2)},
+    )
+    assert drawn(plot.cram([run])) == every | {"routing", "groups-ranks", "parameters", "energy"}
+    facts = {f"{i}-{i}-picture": np.zeros((2, 96, 96, 3), np.uint8) for i in (1, 2)}
+    facts |= {f"2-{i}-probability": np.eye(2) for i in (1, 2)}
+    runs = [make_run(tmp_path / str(n), "mllm_cl", facts, shots=n) for n in (4, 8)]
+    figures = every | {"cases", "confusion", "parameters", "routers", "shots"}
+    assert drawn(plot.mllm_cl(runs, tmp_path / "figures")) == figures
+    joint = make_run(tmp_path / "joint", "baselines", {}, ((None, None), (50, 75)))
+    plot.main([str(joint), str(run), "--out", str(tmp_path / "both")])  # of two scripts
+    assert drawn(tmp_path / "both") == every
+
+
+def test_labels_and_wrong_runs(tmp_path):
+    flags = ({}, {"seed": 1}, {"rank": 4}, {})
+    runs = [make_run(tmp_path / str(k), "cram", {}, **flag) for k, flag in enumerate(flags)]
+    groups, _, _ = plot.read_runs(runs, tmp_path / "figures")
+    twice = f"CRAM, rank 2 ({runs[3]})"  # equal flags and seed: perhaps the code was edited
+    sizes = {label: len(records) for label, records in groups.items()}
+    assert sizes == {"CRAM, rank 2": 2, "CRAM, rank 4": 1, twice: 1}
+    with pytest.raises(InputError, match="holds no 'phi'"):
+        plot.asr(runs[:1])
+    with pytest.raises(InputError, match="different stages"):
+        plot.baselines([runs[0], make_run(tmp_path / "other", "cram", {}, [[100]])])
+    (runs[0] / "summary.json").unlink()
+    with pytest.raises(InputError, match="no 'ranks' in its record"):
+        plot.cram(runs[:1])
+
+
+def test_docs_are_drawn_from_the_records(tmp_path):
+    record = json.loads((make_run(tmp_path / "run", "cram", {}) / "summary.json").read_text())
+    asr = record | {"row": "ASR", "drift": {"one": [0.1, 5.0], "two": [0.2, None]}}
+    sweeps = {"cram": [record | {"row": row, "stream": "ucit"} for row in ("sequential", "CRAM")]}
+    sweeps["report"] = [asr | {"stream": "domains"}, asr | {"stream": "vqacl"}]
+    sweeps["report-drift"] = [asr | {"stream": "domains", "args": FLAGS | {"beta": 0.0}}]
+    for folder in ("results", "docs/figures"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name, records in sweeps.items():
+        text = "\n".join(map(json.dumps, records))
+        (tmp_path / "results" / f"{name}.jsonl").write_text(text)
+    assert drawn(plot.docs(tmp_path)) == {"asr-drift", "matrices"}
