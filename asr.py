@@ -31,11 +31,10 @@ sources. The ones that change results most: DC is left out of d and of the peak 
 [6], and pi is not rescaled over the skills that have a prototype [8].
 """
 
-import functools
 import re
 from collections import Counter
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -49,9 +48,7 @@ from data import InputError
 from eval import SAVE_EVERY, Run
 from model import LLaVA, to_device
 
-# --------------------------------------------------------------------------------------------------
-# 1. Flags
-# --------------------------------------------------------------------------------------------------
+# ---- 1. Flags ------------------------------------------------------------------------------------
 
 PUBLISHED = (1, 2, 3, 4, 5, 6, 7, 8, 16)  # deviations of docs/asr.md that --published takes back
 WAYS = {  # Eq. 5: how the skills of a question are known, and what a prototype belongs to
@@ -85,15 +82,13 @@ def parse(argv=None):
     return args if args.plot else data.resolve_defaults(args)
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. The quantity: attention map -> spectrum -> descriptor (Sec. 4.1, App. A, Eqs. 6-14)
-# --------------------------------------------------------------------------------------------------
+# ---- 2. The quantity: attention map -> spectrum -> descriptor (Sec. 4.1, App. A, Eqs. 6-14) ------
 
 EPS = 1e-8
 BINS = 8  # K = M, radial and angular
 
 # The "functional tokens" U(q) [11]: wh-words, relation words, verbs, numerals, head nouns (below).
-FUNCTIONAL = frozenset(
+FUNCTIONAL = set(
     """
     what which who whose whom where when why how
     left right top bottom above below over under on in at behind front beside next near between
@@ -136,7 +131,7 @@ def functional_rows(batch):
     return torch.where(rows.any(1, keepdim=True), rows, batch["question_mask"])
 
 
-@functools.lru_cache(maxsize=32)
+@lru_cache(maxsize=32)
 def bin_table(h, w, published=(), wrapped=True, device="cpu"):
     """The frequencies of an h x w grid, row-major, DC first, and their bins (Eqs. 8-10).
 
@@ -222,9 +217,7 @@ def descriptor(maps, tokens=None, spectrum="full", published=(), bins=None):
     return phi, normalize(d.mean(1)), normalize(r.mean(1))
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The memory: skill posterior (Eq. 5) and prototypes (Eqs. 15-20)
-# --------------------------------------------------------------------------------------------------
+# ---- 3. The memory: skill posterior (Eq. 5) and prototypes (Eqs. 15-20) --------------------------
 
 TEMPERATURE = 0.05  # of the softmax over cosines of --skills parser; ours [15]
 TAU_SKILL = 0.2  # tau_s: samples with pi_s above it make the prototype of s, Eq. 15
@@ -317,8 +310,7 @@ def update_prototypes(memory, phi, angular, pi, floor=0.0):
     """Eqs. 15-20 after a stage, from phi [N, D], angular [N, M], pi [N, S]; returns the memory.
 
     The samples with pi_s > TAU_SKILL give skill s a mean, an unbiased variance (at least `floor`)
-    and a mean angular profile: as they are the first time, later a share 1 - EMA of them. That is
-    2 D + M + 1 floats per skill (and a centroid with --skills parser): all that is kept.
+    and a mean angular profile, later a share 1 - EMA of them: 2 D + M + 1 floats per skill.
     """
     if memory is None:
         S, D, M = pi.shape[1], phi.shape[1], angular.shape[1]
@@ -354,9 +346,7 @@ def prototype_variance(memory, shape="gaussian", published=()):
     return torch.maximum(var, 0.1 * spread + 1e-7)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. The losses (Eqs. 21-29)
-# --------------------------------------------------------------------------------------------------
+# ---- 4. The losses (Eqs. 21-29) ------------------------------------------------------------------
 
 
 def symmetric_kl(p, q):
@@ -408,9 +398,7 @@ def geometry_loss(image, text, image_0, text_0):
     return symmetric_kl(now, before).mean()
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Looking at a batch, at a stage, at the questions of a test
-# --------------------------------------------------------------------------------------------------
+# ---- 5. Looking at a batch, at a stage, at the questions of a test -------------------------------
 
 CASES = 3  # for figure 9: test questions per stage whose map is kept
 
@@ -473,9 +461,7 @@ def answer(llava, args, shown, samples):
     return texts, notes
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. The run
-# --------------------------------------------------------------------------------------------------
+# ---- 6. The run ----------------------------------------------------------------------------------
 
 
 def main(args):
@@ -508,8 +494,7 @@ def main(args):
         if args.gamma:  # how the pretrained model embeds images and questions, [N, 2, width]
             reference = reference_embeddings(llava, stage.train, args)
             run.lap("reference")
-        # The first stage has nothing to protect.
-        beta = args.beta if memory and memory["count"].any() else 0.0
+        beta = args.beta if memory and memory["count"].any() else 0.0  # nothing to protect at first
 
         # Train. A step is a few micro-batches; each adds its share to the gradient.
         steps = data.steps_of(stage, args)

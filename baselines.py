@@ -43,12 +43,10 @@ from torch.nn.functional import cosine_similarity, dropout, kl_div, linear
 import data
 import plot
 from data import InputError, Stage
-from eval import SAVE_EVERY, Run, accuracy, evaluate, write_predictions
-from model import LLaVA, LoRALinear, seed_by
+from eval import SAVE_EVERY, Run, accuracy, evaluate, predictions_file, read_json, write_predictions
+from model import LLaVA, LoRALinear, seed_by, to_device
 
-# --------------------------------------------------------------------------------------------------
-# 1. Flags
-# --------------------------------------------------------------------------------------------------
+# ---- 1. Flags ------------------------------------------------------------------------------------
 
 FISHER_SAMPLES = 100  # of a stage, that ewc measures F on
 LWF_TEMPERATURE = 2.0  # answers are compared as softmax(logits / T)
@@ -64,9 +62,7 @@ def parse(argv=None):
     add("--lwf_lambda", type=data.weight, help="weight of distillation (default: 0.25; tiny 1)")
     add("--olora_lambda", type=data.weight, help="weight of |A_i A_t^T| (default: 0.5; tiny 0.05)")
     add("--experts", type=data.count, default=8, help="moelora: they share the rank (default: 8)")
-    add(
-        "--hide_temperature", type=data.positive, help="of the last layer (default: 0.1; tiny 0.03)"
-    )
+    add("--hide_temperature", type=data.positive, help="last layer (default: 0.1; tiny 0.03)")
     add("--hide_sum", type=float, help="W: n LoRAs count min(1, W / n) (default: inf; tiny 2)")
     add("--blind", action="store_true", help="also test with black images")
     args = parser.parse_args(argv)
@@ -90,9 +86,7 @@ def parse(argv=None):
     return args
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. The methods
-# --------------------------------------------------------------------------------------------------
+# ---- 2. The methods ------------------------------------------------------------------------------
 
 
 class Sequential:
@@ -129,10 +123,8 @@ class Sequential:
         return self.llava.answer(samples)
 
     def state(self):
-        return {
-            "lora": self.llava.lora_state(),
-            **{name: getattr(self, name) for name in self.keeps},
-        }
+        kept = {name: getattr(self, name) for name in self.keeps}
+        return {"lora": self.llava.lora_state(), **kept}
 
     def load(self, state):
         self.llava.load_lora(state["lora"])
@@ -266,13 +258,16 @@ class LwF(Sequential):
 
 
 class StackedLoRALinear(LoRALinear):
-    """The trained LoRA beside frozen ones of earlier stages, old_A [n r, in], old_B [out, n r]."""
+    """The trained LoRA beside frozen ones of earlier stages, old_A [n r, in], old_B [out, n r].
 
-    def __init__(self, base, rank, alpha, dropout):
+    alone: in training the trained one is alone; weights [B or 1, n + 1]: how much each counts in
+    tests, by sample (None: fully).
+    """
+
+    def __init__(self, base, rank, alpha, dropout, alone=False):
         super().__init__(base, rank, alpha, dropout)
         self.old_A, self.old_B = self.A.detach()[:0], self.B.detach()[:, :0]
-        self.alone = False  # the trained one alone
-        self.weights = None  # [B or 1, n + 1]: how much each LoRA counts, by sample; None: fully
+        self.alone, self.weights = alone, None
 
     def stack(self):
         """Freeze the trained LoRA; the next one starts fresh."""
@@ -286,16 +281,17 @@ class StackedLoRALinear(LoRALinear):
 
     def forward(self, x):
         y = self.base(x)
-        A, B = (self.A, self.B) if self.alone else self.all_pairs()
+        alone = self.alone and self.training
+        A, B = (self.A, self.B) if alone else self.all_pairs()
         h = dropout(x.to(A.dtype), self.dropout, self.training)
         h = linear(h, A) * self.scale
-        if self.weights is not None:  # h [B, S, n r]
+        if self.weights is not None and not self.training:  # h [B, S, n r]
             h = h * self.weights.repeat_interleave(len(self.A), 1)[:, None]
         return (y + linear(h, B)).to(y.dtype)
 
 
 class OLoRA(Sequential):
-    """lambda_1 times the sum over layers and earlier stages i of |A_i A_t^T|, entry by entry [4]."""
+    """lambda_1 times the sum of |A_i A_t^T| over layers and earlier stages i, entry by entry [4]."""
 
     keeps = ("stacks",)
 
@@ -349,10 +345,8 @@ class HiDe(OLoRA):
         super().__init__(args, llava, stream)
         self.anchors = []  # per stage what its images and its questions are like, [c] and [d]
 
-    def before(self, t, stage):
-        super().before(t, stage)
-        for layer in self.layers:
-            layer.alone, layer.weights = True, None
+    def add_lora(self):
+        return self.llava.add_lora(self.args, StackedLoRALinear, alone=True)
 
     def penalties(self, t):
         return {}
@@ -360,24 +354,14 @@ class HiDe(OLoRA):
     def after(self, t, stage):
         features = self.llava.over(stage.train, 64, self.frozen_features)
         self.anchors.append([x.mean(0).to(self.llava.device) for x in features])
-        for layer in self.layers:
-            layer.alone = False
 
-    @torch.no_grad()
     def frozen_features(self, batch):
-        """Means over a sample's image tokens, [B, c] (zeros without an image), and over the
-        embeddings of its question, [B, d], less the mean of the embedding table."""
-        llava, samples = self.llava, batch["samples"]
-        table = llava.model.get_input_embeddings().weight
-        texts = [sample.question for sample in samples]
-        asked = llava.processor.tokenizer(texts, add_special_tokens=False)
-        words = torch.stack([table[ids].float().mean(0) for ids in asked["input_ids"]])
+        """Mean tower features, [B, c] (zeros without an image), and mean embeddings of the question
+        less the mean of the embedding table, [B, d]."""
+        table = self.llava.model.get_input_embeddings().weight
+        words = self.llava.text_means([sample.question for sample in batch["samples"]])
         words = words - table.mean(0, dtype=torch.float32)
-        width = llava.model.config.vision_config.hidden_size
-        images = torch.zeros(len(samples), width, device=llava.device)
-        if batch["features"] is not None:
-            images[[s.image is not None for s in samples]] = batch["features"].float().mean(1)
-        return images, words
+        return self.llava.image_means(batch, 0.0), words
 
     def likeness(self, images, words):
         """Mean cosine of B samples' images and questions with those of n stages: [B, n]; of pure
@@ -441,13 +425,6 @@ METHODS = {"zeroshot": ZeroShot, "sequential": Sequential, "joint": Joint, "repl
 METHODS |= {"ewc": EWC, "lwf": LwF, "olora": OLoRA, "moelora": MoELoRA, "hide": HiDe}
 
 
-def to_device(x, device):
-    """Tensors, or lists or dicts of them, on the device."""
-    if isinstance(x, (list, tuple)):
-        return [to_device(item, device) for item in x]
-    return x.to(device) if torch.is_tensor(x) else x
-
-
 def test_blind(run, method):
     """Answers to the questions of all stages with black images: what is known without looking."""
     llava, T, scores, kinds = method.llava, len(run.stages), [], {}
@@ -463,15 +440,14 @@ def test_blind(run, method):
         rows, _ = evaluate(answer, stage.test, stage.metric, run.args.eval_batch_size, "blind")
         scores.append(accuracy(rows, stage.metric))
         write_predictions(run.folder, T - 1, f"blind-{i + 1}", rows)
-        for row in rows:
-            kinds.setdefault(row["skill"], []).append(100 * row["score"])
-    kinds = {kind: np.mean(values) for kind, values in kinds.items()}
-    return {"stages": scores, "AP": np.mean(scores), "by_kind": kinds}
+        seeing = read_json(predictions_file(run.folder, T - 1, i), lines=True)
+        for a, b in zip(seeing, rows):
+            kinds.setdefault(b["skill"], []).append((100 * a["score"], 100 * b["score"]))
+    kinds = {kind: np.mean(pairs, 0) for kind, pairs in kinds.items()}
+    return {"stages": scores, "AP": np.mean(scores), "seeing_blind_by_kind": kinds}
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The run
-# --------------------------------------------------------------------------------------------------
+# ---- 3. The run ----------------------------------------------------------------------------------
 
 
 def main(args, kind=None):
@@ -501,11 +477,10 @@ def main(args, kind=None):
             optimizer.load_state_dict(state["optimizer"])
         llava.model.train()
         for k in run.steps(p, len(steps), begin, stage.name):
-            lr = optimizer.param_groups[0]["lr"] = args.lr * data.schedule(
-                k, len(steps), args.warm_up
-            )
+            lr = args.lr * data.schedule(k, len(steps), args.warm_up)
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
-            log = Counter(loss=0.0)  # adds up over the micro-batches
+            log = Counter()  # adds up over the micro-batches
             for batch in llava.micro_batches(stage.train, steps[k]):
                 losses = method.losses(t, batch)
                 loss = sum(losses.values()) * batch["token_share"]
@@ -520,7 +495,7 @@ def main(args, kind=None):
             run.log(p, lr=lr, gradient_norm=norm, **log)  # stops the run at a nan
             optimizer.step()
             if (k + 1) % SAVE_EVERY == 0:
-                run.save((p, k + 1), **method.state(), optimizer=optimizer.state_dict())
+                run.save((p, k + 1), optimizer, **method.state())
         begin = 0
 
         # A last look at the stage's data, then test on all stages seen so far.

@@ -13,7 +13,7 @@ are mixed by how near the image is to their centroids. A new expert begins as a 
 short warm-up only those directions are kept that are strong and that the older experts of its group
 do not have. So a stage that resembles an old one costs fewer parameters.
 
-    Level 1    groups and their prototypes m_g       choose_group, group_of
+    Level 1    groups and their prototypes m_g       choose_group, weights_for
     Level 2    weights pi over a group's experts     route
     Layer      y = W x + s sum_k pi_k B_k A_k x      ExpertLinear
     Rank       SVD of the buffer, gap, novelty       adaptive_expert
@@ -46,11 +46,9 @@ import data
 import plot
 from data import InputError
 from eval import SAVE_EVERY, Run
-from model import LLaVA, seed_by, target_paths
+from model import LLaVA, seed_by
 
-# --------------------------------------------------------------------------------------------------
-# 1. Flags
-# --------------------------------------------------------------------------------------------------
+# ---- 1. Flags ------------------------------------------------------------------------------------
 
 PUBLISHED = (4, 5, 7, 11, 12, 13)  # deviations of docs/cram.md that --published takes back
 BUFFER_RANK, R_MIN = 48, 4  # rank of the buffer; least rank of an expert in a layer
@@ -63,20 +61,14 @@ def parse(argv=None):
     parser = data.common_flags("cram.py", __doc__.split("\n")[0])
     parser.set_defaults(stream="ucit", targets="q,k,v,o")
     add = parser.add_argument_group("CRAM (--rank is r_max, default 9, trigap 10)").add_argument
+    add("--routing_features", default="llava", metavar="NAME", help="or a CLIP model, by its name")
     add(
-        "--routing_features",
-        default="llava",
-        metavar="NAME",
-        help="or a CLIP model (default: llava)",
+        "--buffer_share",
+        type=data.fraction,
+        default=0.05,
+        help="of a stage's steps (default: 0.05)",
     )
-    add(
-        "--buffer_share", type=data.fraction, default=0.05, help="of steps; 0: none (default: 0.05)"
-    )
-    add(
-        "--tau_alloc",
-        type=data.weight,
-        help="least s S_i of a direction (default: 0.08; tiny 0.13)",
-    )
+    add("--tau_alloc", type=data.weight, help="least s S_i that is kept (default: 0.08; tiny 0.13)")
     add("--sigma_share", type=data.positive, default=1 / 3, help="of centroids' distance (1/3)")
     add("--lambda_orth", type=data.weight, default=1.0, help="weight of L_orth (default: 1)")
     ways = ["centroid", "uniform", "oracle"]
@@ -102,9 +94,7 @@ def parse(argv=None):
     return data.resolve_defaults(args)
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. The quantity: frozen features, and the weights of the experts that follow from them
-# --------------------------------------------------------------------------------------------------
+# ---- 2. The quantity: frozen features, and the weights of the experts that follow from them ------
 
 
 def llava_features(llava, batch):
@@ -137,17 +127,14 @@ class ClipFeatures:
 
     @torch.no_grad()
     def __call__(self, batch):
-        def embedding(output):  # a tensor, or an object that holds it
-            return getattr(output, "pooler_output", output).float().cpu()
-
         samples, device = batch["samples"], self.clip.device
         text = self.processor(text=[sample.question for sample in samples], **self.text)
-        u = embedding(self.clip.get_text_features(**text.to(device)))
+        u = self.clip.get_text_features(**text.to(device)).pooler_output.float().cpu()
         q, pictured = torch.full_like(u, math.nan), [s.image is not None for s in samples]
         if any(pictured):
             images = [data.load_image(sample.image) for sample in samples if sample.image]
             images = self.processor(images=images, return_tensors="pt").to(device)
-            q[pictured] = embedding(self.clip.get_image_features(**images))
+            q[pictured] = self.clip.get_image_features(**images).pooler_output.float().cpu()
         return u, q
 
 
@@ -172,11 +159,6 @@ def choose_group(u, prototypes, most=99, lead_is_enough=False):
     return best if first - second > THETA and (lead_is_enough or first > JOIN) else G
 
 
-def group_of(u, prototypes):
-    """Level 1, tests: argmax_g cos(u, m_g) for u [N, d] -> [N]."""
-    return (F.normalize(u) @ F.normalize(prototypes).T).argmax(1)
-
-
 def route(q, group, centroids, groups, sigma):
     """Level 2: pi [N, E] = softmax_k(-|q - c_k|^2 / (2 sigma^2)) over the experts of a group.
 
@@ -189,14 +171,11 @@ def route(q, group, centroids, groups, sigma):
 
 
 def sigma_of(args, centroids):
-    """A share of the median distance between centroids [E, c] (those of stages with images), 1 if
-    there is only one [5]; published: 2."""
-    centroids = centroids[~centroids.isnan().any(1)]
+    """A share of the median distance between the centroids [E, c] [5]; 1 if there is only one."""
     if 5 in args.published:
         return 2.0
-    if len(centroids) < 2:
-        return 1.0
-    return float(torch.pdist(centroids).median()) * args.sigma_share
+    centroids = centroids[~centroids.isnan().any(1)]  # of stages with images
+    return float(torch.pdist(centroids).median()) * args.sigma_share if len(centroids) > 1 else 1.0
 
 
 def weights_for(u, q, memory, args, expert=None):
@@ -206,7 +185,8 @@ def weights_for(u, q, memory, args, expert=None):
     """
     centroids, groups = memory["centroid"], memory["group"]
     if expert is None:
-        group = group_of(u, memory["prototype"] / memory["count"][:, None])
+        means = memory["prototype"] / memory["count"][:, None]  # m_g, [G, d]
+        group = (F.normalize(u) @ F.normalize(means).T).argmax(1)  # level 1: argmax_g cos(u, m_g)
     else:
         group = groups[expert].expand(len(u))
     text = q.isnan().all(1)
@@ -221,9 +201,7 @@ def weights_for(u, q, memory, args, expert=None):
     return group, pi
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The memory: groups and centroids, and experts in every adapted layer
-# --------------------------------------------------------------------------------------------------
+# ---- 3. The memory: groups and centroids, and experts in every adapted layer ---------------------
 
 
 def join_group(memory, u, q, args, T):
@@ -259,10 +237,9 @@ class ExpertLinear(nn.Module):
     [B, S] (None: no penalty) and gamma [B].
     """
 
-    def __init__(self, base, routing, args):
+    def __init__(self, base, rank, alpha, dropout, routing):
         super().__init__()
-        self.base, self.scale, self.dropout = base, args.alpha / args.rank, args.dropout
-        self.routing = routing
+        self.base, self.scale, self.dropout, self.routing = base, alpha / rank, dropout, routing
         device = base.weight.device
         self.register_buffer("A", torch.zeros(0, base.in_features, device=device))
         self.register_buffer("B", torch.zeros(base.out_features, 0, device=device))
@@ -320,16 +297,6 @@ class ExpertLinear(nn.Module):
         self.B = torch.cat([self.B, self.new_B.detach()], 1)
         self.owner = torch.cat([self.owner, self.owner.new_full((len(self.new_A),), expert)])
         self.new_A = self.new_B = None
-
-
-def add_experts(llava, args):
-    """Replace the target layers by ExpertLinears: their list, and the routing that they share."""
-    routing = SimpleNamespace(weights=None, buffer=False, image_mask=None, gamma=None)
-    for path in target_paths(llava.model, args.targets.split(",")):
-        layer = ExpertLinear(llava.model.get_submodule(path), routing, args)
-        llava.model.set_submodule(path, layer.train(llava.model.training))
-        llava.layers[path] = layer
-    return list(llava.layers.values()), routing
 
 
 def experts_state(layers):
@@ -404,9 +371,7 @@ def warm_up_steps(steps, args):
     return min(warm, steps - 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. The losses: L_task + lambda L_orth (the second adds up layer by layer)
-# --------------------------------------------------------------------------------------------------
+# ---- 4. The losses: L_task + lambda L_orth (the second adds up layer by layer) -------------------
 
 
 def tell(routing, layers, batch, pi, gamma, args):
@@ -466,9 +431,7 @@ def summary(layers, memory, facts, args):
     }
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Answering the questions of a test
-# --------------------------------------------------------------------------------------------------
+# ---- 5. Answering the questions of a test --------------------------------------------------------
 
 
 def answer(llava, args, names, memory, routing, features_of, samples):
@@ -497,9 +460,7 @@ def routing_accuracy(facts, groups):
     return {name: 100 * float(np.mean(values)) for name, values in right.items()}
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. The run
-# --------------------------------------------------------------------------------------------------
+# ---- 6. The run ----------------------------------------------------------------------------------
 
 
 def main(args):
@@ -508,7 +469,9 @@ def main(args):
     run = Run(args, stream, "cram")  # its folder: log, matrix, answers, checkpoint, record
     llava = LLaVA(args)  # frozen
     torch.manual_seed(args.seed)
-    layers, routing = add_experts(llava, args)  # layers that can hold experts; none yet
+    routing = SimpleNamespace(weights=None, buffer=False, image_mask=None, gamma=None)
+    llava.add_lora(args, ExpertLinear, routing=routing)  # layers that can hold experts; none yet
+    layers = list(llava.layers.values())
     data.show_sample(stream.stages[0].train[0], llava.processor)
 
     features_of = partial(llava_features, llava)

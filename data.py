@@ -66,9 +66,7 @@ def input_errors():
         sys.exit(2)
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. Streams: find the folder, read the stages, order them, cut them
-# --------------------------------------------------------------------------------------------------
+# ---- 1. Streams: find the folder, read the stages, order them, cut them --------------------------
 
 
 @dataclass
@@ -286,9 +284,7 @@ def schedule(k: int, n: int, warm_up: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (k - first) / (n - first)))
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Flags that all scripts share
-# --------------------------------------------------------------------------------------------------
+# ---- 2. Flags that all scripts share -------------------------------------------------------------
 
 
 def number(kind: type, rule: str, holds: Callable) -> Callable:
@@ -432,9 +428,7 @@ def check_args(args) -> None:
                 raise InputError(f"--{key} belongs to --stream {name}, not to {args.stream}")
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Images and tokens
-# --------------------------------------------------------------------------------------------------
+# ---- 3. Images and tokens ------------------------------------------------------------------------
 
 
 def load_image(path: Path) -> Image.Image:
@@ -565,9 +559,7 @@ class Collator:
         return batch | {"question_offsets": question_offsets}
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. python data.py: check a stream
-# --------------------------------------------------------------------------------------------------
+# ---- 4. python data.py: check a stream -----------------------------------------------------------
 
 
 def show_sample(sample: Sample, processor) -> None:

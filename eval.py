@@ -47,9 +47,7 @@ from data import InputError, input_errors
 from model import processes, share_out
 from scorers import caption_scores, score
 
-# --------------------------------------------------------------------------------------------------
-# 1. One cell of the matrix: answer and score the test samples of one stage
-# --------------------------------------------------------------------------------------------------
+# ---- 1. One cell of the matrix: answer and score the test samples of one stage -------------------
 
 
 def evaluate(answer, samples, metric, batch_size, title="test", whole=False):
@@ -94,9 +92,7 @@ def accuracy(rows: list[dict], metric: str = "") -> float:
     return 100 * sum(row["score"] for row in rows) / len(rows)
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. The matrix and its metrics (definitions and worked example: head of this file)
-# --------------------------------------------------------------------------------------------------
+# ---- 2. The matrix and its metrics (definitions and worked example: head of this file) -----------
 
 
 def metrics(matrix) -> dict[str, float]:
@@ -153,9 +149,7 @@ def paired(a, b) -> tuple[float, float, float, int]:
     return mean, mean - half, mean + half, n
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The run folder: --out IS the run
-# --------------------------------------------------------------------------------------------------
+# ---- 3. The run folder: --out IS the run ---------------------------------------------------------
 
 REPOSITORY = Path(__file__).resolve().parent
 MAY_DIFFER = ("resume", "out", "plot")  # flags that do not change what is computed
@@ -296,9 +290,7 @@ class Run:
         print(f"peak memory {facts['peak_memory_mb']:,.0f} MB; everything is in {self.folder}")
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Files of a run folder
-# --------------------------------------------------------------------------------------------------
+# ---- 4. Files of a run folder --------------------------------------------------------------------
 
 
 def random_state():
@@ -494,9 +486,7 @@ def rescore(run):
     return wrong
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Tables
-# --------------------------------------------------------------------------------------------------
+# ---- 5. Tables -----------------------------------------------------------------------------------
 
 COLUMNS = {"AP": "AP", "AF": "AF", "AF_vqacl": "AF (VQACL)", "Last": "Last", "Avg": "Avg"}
 COLUMNS |= {"MFT": "MFT", "BWT": "BWT"}  # metric -> head of its column
@@ -586,9 +576,7 @@ def compare(records: list[dict], markdown: bool = False) -> str:
     return grid(rows, markdown)
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. Command line
-# --------------------------------------------------------------------------------------------------
+# ---- 6. Command line -----------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -44,9 +44,7 @@ from data import LETTERS, InputError
 from eval import SAVE_EVERY, Run, read_run, set_random_state
 from model import LLaVA, read_lora, seed_by, share_out
 
-# --------------------------------------------------------------------------------------------------
-# 1. Flags
-# --------------------------------------------------------------------------------------------------
+# ---- 1. Flags ------------------------------------------------------------------------------------
 
 
 def parse(argv=None):
@@ -111,9 +109,7 @@ def check(args, stream):
                 )
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. The quantity: which expert? A prompt, and the logits of its letters
-# --------------------------------------------------------------------------------------------------
+# ---- 2. The quantity: which expert? A prompt, and the logits of its letters ----------------------
 
 
 def letters_of(T, seed):
@@ -193,9 +189,7 @@ def frozen_features(llava, batch):
     return torch.cat([F.normalize(images), F.normalize(texts)], 1).cpu()
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The memory: experts, and a few samples of every task
-# --------------------------------------------------------------------------------------------------
+# ---- 3. The memory: experts, and a few samples of every task -------------------------------------
 
 
 @dataclass
@@ -262,9 +256,7 @@ def lessons(half, t, stream, team, args):
     return samples + imageless, router_steps(len(samples), t, args), args.router_lr
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Answering the questions of a test: route, then answer
-# --------------------------------------------------------------------------------------------------
+# ---- 5. Answering the questions of a test: route, then answer ------------------------------------
 
 
 def by_length(samples, size):
@@ -348,9 +340,7 @@ def summary(run, team, lora):
     }
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. The run
-# --------------------------------------------------------------------------------------------------
+# ---- 6. The run ----------------------------------------------------------------------------------
 
 
 def main(args):

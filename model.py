@@ -39,9 +39,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from attention import one_pass_per_block
 from data import TARGETS, Collator, InputError, load_image, pad_square, text_width
 
-# --------------------------------------------------------------------------------------------------
-# 1. LLaVA
-# --------------------------------------------------------------------------------------------------
+# ---- 1. LLaVA ------------------------------------------------------------------------------------
 
 
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": None}
@@ -292,9 +290,7 @@ class LLaVA:
         save_file(tensors, folder / "adapter_model.safetensors")
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. LoRA (Hu et al. 2021, arXiv 2106.09685)
-# --------------------------------------------------------------------------------------------------
+# ---- 2. LoRA (Hu et al. 2021, arXiv 2106.09685) --------------------------------------------------
 
 PEFT = "base_model.model."  # where a peft model keeps the model that it wraps
 
@@ -358,9 +354,7 @@ def read_lora(folder):
     return {key.removeprefix(PEFT): value for key, value in state.items()}
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Tower features, once per image
-# --------------------------------------------------------------------------------------------------
+# ---- 3. Tower features, once per image -----------------------------------------------------------
 
 FEATURE_GB = 4.0  # how much of them is kept in memory; a 7B image is 576 x 1024 bfloat16 = 1.2 MB
 
@@ -408,9 +402,7 @@ class FeatureCache:
         return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Loading; several GPUs: torchrun --nproc_per_node N asr.py ... --accumulate N
-# --------------------------------------------------------------------------------------------------
+# ---- 4. Loading; several GPUs: torchrun --nproc_per_node N asr.py ... --accumulate N -------------
 
 
 def load_llava(name, device="cpu", dtype=None):

@@ -20,9 +20,7 @@ HERE = Path(__file__).resolve().parent
 SIDE, PATCH = 64, 8  # side of a picture and of a patch, pixels
 GRID = SIDE // PATCH  # 8 x 8 patches, one image token each
 
-# --------------------------------------------------------------------------------------------------
-# 1. Vocabulary: what can be drawn, and the words for it
-# --------------------------------------------------------------------------------------------------
+# ---- 1. Vocabulary: what can be drawn, and the words for it --------------------------------------
 
 COLORS = {
     "red": (214, 48, 49),
@@ -103,9 +101,7 @@ def lettered(options, answer) -> tuple[str, str]:
     return " ".join(lines), LETTERS[options.index(answer)]
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Canvas: pixels and labels
-# --------------------------------------------------------------------------------------------------
+# ---- 2. Canvas: pixels and labels ----------------------------------------------------------------
 
 
 @cache
@@ -211,9 +207,7 @@ class Picture:
         return next(by_kind[kind] for kind in kinds if kind in by_kind)
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Scenes: objects x colors x actions x weather, and the ten question types of VQA v2
-# --------------------------------------------------------------------------------------------------
+# ---- 3. Scenes: objects x colors x actions x weather, and the ten question types of VQA v2 -------
 
 BACKGROUND = {
     "clear": (236, 232, 220),
@@ -383,9 +377,7 @@ def read_option(rng) -> tuple[str, str]:
     return f"what is option {letter}? {options}", answer
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. The other kinds of pictures: documents, charts, slides, maps, roads, diagrams, windows
-# --------------------------------------------------------------------------------------------------
+# ---- 4. The other kinds of pictures: documents, charts, slides, maps, roads, diagrams, windows ---
 
 
 def sign(rng) -> Picture:
@@ -672,9 +664,7 @@ def window(rng) -> Picture:
 
 KINDS = (scene, shapes, sign, arithmetic, bars, candles, slide, aerial, road, diagram, window)
 
-# --------------------------------------------------------------------------------------------------
-# 5. Looks: how streams change pictures, and the contact sheet
-# --------------------------------------------------------------------------------------------------
+# ---- 5. Looks: how streams change pictures, and the contact sheet --------------------------------
 
 LOOKS = ("lamplight", "negative", "recolored", "noise", "mosaic", "grain", "dusk")
 

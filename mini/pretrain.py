@@ -42,9 +42,7 @@ TAUGHT = {  # probability that a question is taught: kinds (others: 1)
 }
 PROBABILITY = {kind: p for p, kinds in TAUGHT.items() for kind in kinds.split()}
 
-# --------------------------------------------------------------------------------------------------
-# 1. Tokenizer and model
-# --------------------------------------------------------------------------------------------------
+# ---- 1. Tokenizer and model ----------------------------------------------------------------------
 
 
 def build_tokenizer():
@@ -124,9 +122,7 @@ def cosine(step: int, steps: int, warm_up: int = 50) -> float:
     return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Part (a): the tower
-# --------------------------------------------------------------------------------------------------
+# ---- 2. Part (a): the tower ----------------------------------------------------------------------
 
 
 def patch_features(model, processor, images: np.ndarray) -> torch.Tensor:
@@ -230,9 +226,7 @@ def pretrain_tower(model, processor, pictures, steps: int, seed: int, log) -> di
         return heads.accuracy(h, labels[held_out:])
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Part (b): projector and language model
-# --------------------------------------------------------------------------------------------------
+# ---- 3. Part (b): projector and language model ---------------------------------------------------
 
 
 def pack(tokenizer, questions: list[list[tuple[str, str]]]) -> tuple:

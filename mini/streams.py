@@ -74,9 +74,7 @@ def llava_record(name, image: str, question: str, answer, split: str, **extra) -
     return {"question_id": name, "image": image, **extra, "text": question, "answer": answer}
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. VQA v2: vqacl, vqav2, clt-vqa
-# --------------------------------------------------------------------------------------------------
+# ---- 1. VQA v2: vqacl, vqav2, clt-vqa ------------------------------------------------------------
 
 
 def draw_vqa(rng, folder: Path, size: float) -> None:
@@ -127,9 +125,7 @@ def draw_vqa(rng, folder: Path, size: float) -> None:
     save_json({"suffix": ""}, folder / "stream.json")  # the tiny model knows no instruction suffix
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. LLaVA format: domains, and the instruction streams
-# --------------------------------------------------------------------------------------------------
+# ---- 2. LLaVA format: domains, and the instruction streams ---------------------------------------
 
 
 def draw_domains(rng, folder: Path, size: float) -> None:
@@ -185,9 +181,7 @@ def draw_tasks(rng, folder: Path, stream: str) -> None:
         save_json({"suffix": ""}, folder / "stream.json")  # no instruction suffix in tests either
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. A stream, completely or not at all
-# --------------------------------------------------------------------------------------------------
+# ---- 3. A stream, completely or not at all -------------------------------------------------------
 
 STREAMS = ("vqacl", "vqav2", "clt-vqa", "domains", *TASKS)
 SOURCES = ("draw.py", "tasks.py", "streams.py", "sprites.png")  # data.py hashes the same files

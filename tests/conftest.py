@@ -1,10 +1,11 @@
 """Two tiny LLaVAs with random weights, saved and loaded like real ones, and a few samples.
 
 `tiny` is CLIP + Llama (class token, as many key heads as query heads), `tiny_siglip_qwen` is
-SigLIP + Qwen2 (no class token, two query heads to a key head, ChatML prompt); `llava` runs a test
-on both. Every test gets a fresh copy. `tiny_folder` and `tiny_siglip_qwen_folder` are the folders.
+SigLIP + Qwen2 (no class token, two query heads per key head, ChatML prompt); `llava` runs a test
+on both. Every test gets a fresh LLaVA. `tiny_folder` and `tiny_siglip_qwen_folder` are the folders.
 """
 
+import argparse
 import copy
 import json
 import os
@@ -15,23 +16,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    SiglipImageProcessorPil,
-    SiglipVisionConfig,
-)
 
 from data import Sample
-from model import load_llava
+from model import LLaVA
 
 QUESTIONS = (
     "what color is the round cup",
@@ -51,6 +41,10 @@ CHATML = (
     "{% if c.type == 'image' %}<image>\n{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SIZE = {"num_attention_heads": 4, "num_hidden_layers": 4, "hidden_size": 64}
+SIZE |= {"intermediate_size": 96, "eos_token_id": 2, "pad_token_id": 0}
+TOWER = {"num_attention_heads": 2, "num_hidden_layers": 2, "hidden_size": 32}
+TOWER |= {"intermediate_size": 64, "patch_size": 8}
 
 
 def byte_tokenizer(special, bos, eos, pad):
@@ -58,45 +52,38 @@ def byte_tokenizer(special, bos, eos, pad):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=360,
-        special_tokens=special,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    settings = {"special_tokens": special, "initial_alphabet": letters, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=360, **settings)
     tokenizer.train_from_iterator(QUESTIONS + ANSWERS, trainer)
     if bos:  # Llama's tokenizers write <s> themselves, Qwen's do not
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, special.index(bos))]
         )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token=eos,
-        pad_token=pad,
-        additional_special_tokens=["<image>"],
+    names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=["<image>"], **names
     )
 
 
-def build(folder, vision, text, tokenizer, template, pixels, select, extra, seed):
+def build(folder, vision, text, tokenizer, template, pixels):
     """Random weights, large enough that attention is far from uniform, saved to `folder`."""
-    processor = LlavaProcessor(
+    clip = isinstance(vision, tf.CLIPVisionConfig)  # has a class token, which LLaVA leaves out
+    select = {"vision_feature_select_strategy": "default" if clip else "full"}
+    processor = tf.LlavaProcessor(
         image_processor=pixels,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
-        vision_feature_select_strategy=select,
-        num_additional_image_tokens=extra,
+        num_additional_image_tokens=int(clip),
         chat_template=template,
+        **select,
     )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy=select,
+    mark = tokenizer.convert_tokens_to_ids("<image>")
+    settings = {"image_token_index": mark, "vision_feature_layer": -1} | select
+    torch.manual_seed(0)
+    model = tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(vision_config=vision, text_config=text, **settings)
     )
-    torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
         for path, p in model.named_parameters():
             if p.dim() > 1 and "vision" not in path:
@@ -116,119 +103,59 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     tokenizer = byte_tokenizer(["<pad>", "<s>", "</s>", "<image>"], "<s>", "</s>", "<pad>")
+    vision = tf.CLIPVisionConfig(image_size=64, **TOWER)
+    text = tf.LlamaConfig(vocab_size=len(tokenizer), bos_token_id=1, num_key_value_heads=4, **SIZE)
     square = {"height": 64, "width": 64}
-    return build(
-        tmp_path_factory.mktemp("tiny-clip-llama"),
-        CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=64,
-            patch_size=8,
-        ),
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        ),
-        tokenizer,
-        VICUNA,
-        CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=square),
-        "default",
-        1,
-        seed=0,
-    )
+    pixels = tf.CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=square)
+    folder = tmp_path_factory.mktemp("tiny-clip-llama")
+    return build(folder, vision, text, tokenizer, VICUNA, pixels)
 
 
 @pytest.fixture(scope="session")
 def tiny_siglip_qwen_folder(tmp_path_factory):
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
     tokenizer = byte_tokenizer(special, None, "<|im_end|>", "<|endoftext|>")
-    return build(
-        tmp_path_factory.mktemp("tiny-siglip-qwen"),
-        SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=48,
-            patch_size=8,
-            vision_use_head=False,
-        ),
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            bos_token_id=None,
-            eos_token_id=2,
-            pad_token_id=0,
-        ),
-        tokenizer,
-        CHATML,
-        SiglipImageProcessorPil(size={"height": 48, "width": 48}),
-        "full",
-        0,
-        seed=1,
-    )
+    vision = tf.SiglipVisionConfig(image_size=48, vision_use_head=False, **TOWER)
+    text = tf.Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, **SIZE)
+    pixels = tf.SiglipImageProcessorPil(size={"height": 48, "width": 48})
+    folder = tmp_path_factory.mktemp("tiny-siglip-qwen")
+    return build(folder, vision, text, tokenizer, CHATML, pixels)
 
 
 @pytest.fixture(scope="session")
 def loaded(tiny_folder, tiny_siglip_qwen_folder):
+    flags = {"threads": 1, "device": "cpu", "dtype": "auto", "max_new_tokens": 4}
     folders = {"tiny": tiny_folder, "tiny_siglip_qwen": tiny_siglip_qwen_folder}
-    return {name: load_llava(folder) for name, folder in folders.items()}
+    return {k: LLaVA(argparse.Namespace(model=str(v), **flags)) for k, v in folders.items()}
 
 
 @pytest.fixture
 def tiny(loaded):
-    model, processor = loaded["tiny"]
-    return copy.deepcopy(model), processor
+    return copy.deepcopy(loaded["tiny"])
 
 
 @pytest.fixture
 def tiny_siglip_qwen(loaded):
-    model, processor = loaded["tiny_siglip_qwen"]
-    return copy.deepcopy(model), processor
+    return copy.deepcopy(loaded["tiny_siglip_qwen"])
 
 
 @pytest.fixture(params=["tiny", "tiny_siglip_qwen"])
 def llava(request, loaded):
-    model, processor = loaded[request.param]
-    return copy.deepcopy(model), processor
+    return copy.deepcopy(loaded[request.param])
 
 
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory):
     """64 samples: questions of different length over 16 different images that are not square."""
     folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    paths = []
     for i in range(16):
-        shape = (40 + i, 70 - i, 3)
-        paths.append(folder / f"{i}.png")
-        Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(paths[-1])
+        pixels = random.integers(0, 256, (40 + i, 70 - i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
     made = []
     for i in range(64):
         question, answer = QUESTIONS[i % 5] + " please" * (i % 7), ANSWERS[i % 5]
-        made.append(
-            Sample(
-                id=str(i),
-                image=paths[i % 16],
-                question=question,
-                answer=answer,
-                answers=(answer,),
-                skill=f"skill {i % 5}",
-                stage="first",
-            )
-        )
+        image, skill = folder / f"{i % 16}.png", f"skill {i % 5}"
+        made.append(Sample(str(i), image, question, answer, (answer,), skill, "first"))
     return made
 
 
@@ -238,28 +165,22 @@ def stream_folder(tmp_path_factory):
     root, random = tmp_path_factory.mktemp("stream"), np.random.default_rng(0)
     for s, stage in enumerate(("one", "two", "three")):
         (root / stage / "images").mkdir(parents=True)
-        records = {"train": [], "test": []}
         for split, n in (("train", 12), ("test", 5)):
+            records = []
             for k in range(n):
                 name = f"images/{split}{k}.png"
                 pixels = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / stage / name)
-                kind = ("color", "count")[k % 2]
-                question = ("what color is the cup?", "how many cars are there?")[k % 2]
+                text = ("what color is the cup?", "how many cars are there?")[k % 2]
                 answer = ("red", "three")[(k + s) % 2]
-                record = {"id": f"{stage}{k}", "image": name, "skill": kind}
-                if split == "train":
-                    turns = [("human", f"<image>\n{question}"), ("gpt", answer)]
-                    record["conversations"] = [{"from": a, "value": b} for a, b in turns]
-                else:
-                    record |= {"text": question, "answer": answer}
-                if stage == "two" and k == 3:
-                    del record["image"]
-                    if split == "train":
-                        record["conversations"][0]["value"] = question
-                records[split].append(record)
-        for split, content in records.items():
-            (root / stage / f"{split}.json").write_text(json.dumps(content))
+                record = {"id": f"{stage}{k}", "skill": ("color", "count")[k % 2]}
+                image = {} if stage == "two" and k == 3 else {"image": name}
+                asked = f"<image>\n{text}" if image else text
+                turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+                train = split == "train"
+                content = {"conversations": turns} if train else {"text": text, "answer": answer}
+                records.append(record | image | content)
+            (root / stage / f"{split}.json").write_text(json.dumps(records))
     (root / "stream.json").write_text(json.dumps({"stages": ["one", "two", "three"]}))
     return root
 

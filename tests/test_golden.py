@@ -1,8 +1,6 @@
 """Our functions against numbers computed by the authors' public code (tests/golden/asr_golden.npz).
 
-The file stores inputs and outputs. The public code averages over tokens before it normalizes, keeps
-DC, uses bins over [-pi, pi), rescales the posterior over the skills that have a prototype and does
-not detach the weight: switches of the same functions that `asr.py` trains with.
+The file stores inputs and outputs. The public code is what `asr.py --published` computes.
 """
 
 from pathlib import Path
@@ -10,14 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
 import asr
 import eval as evaluation
+import plot
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "asr_golden.npz")
 VALUE, GRADIENT = 1e-5, 5e-5  # allowed error, relative to the largest entry of each array
 CASES = range(6)
-PUBLISHED = dict(weight="published", kind="paper", renormalize=True)
+
+
+@pytest.fixture(scope="module")
+def args(tiny_folder):
+    return asr.parse(["--published", "--model", str(tiny_folder)])
 
 
 def g(name):
@@ -33,14 +37,20 @@ def close(ours, name, tolerance=VALUE):
 
 
 def memory_of(prefix):
-    names = ("mean", "var", "angular")
-    return {n: g(prefix + n).clone() for n in names} | {"count": g(prefix + "init").clone()}
+    memory = {name: g(prefix + name).clone() for name in ("mean", "var", "angular")}
+    return memory | {"count": g(prefix + "init").clone()}
+
+
+def one_by_one(name, phi, angular, pi, memory, args):
+    """A value of spectral_loss for each sample alone: [B]."""
+    samples = zip(phi[:, None], angular[:, None], pi[:, None])
+    return torch.stack([asr.spectral_loss(*sample, memory, args)[name] for sample in samples])
 
 
 @pytest.mark.parametrize("i", CASES)
-def test_bins(i):
+def test_bins(i, args):
     h, w = GOLDEN[f"c{i}_attn"].shape[-2:]
-    rho, theta, radial, angular = asr.bin_table(h, w, "paper")[:4]
+    rho, theta, radial, angular = asr.bin_table(h, w, tuple(args.published))[:4]
     close(rho, f"c{i}_rho")
     close(theta, f"c{i}_theta")
     assert (radial.argmax(1).numpy() == GOLDEN[f"c{i}_radial_bin"]).all()
@@ -48,69 +58,59 @@ def test_bins(i):
 
 
 @pytest.mark.parametrize("i", CASES)
-def test_descriptor_and_its_gradient(i):
-    attn, mask = g(f"c{i}_attn").requires_grad_(), g(f"c{i}_mask")
-    maps = asr.token_average(attn[:, -4:], mask, average_first=True)
+def test_descriptor_and_its_gradient(i, args):
+    attention, mask = g(f"c{i}_attn").requires_grad_(), g(f"c{i}_mask")
+    maps = asr.token_average(attention[:, -4:], mask, args.published)
     close(maps, f"c{i}_maps")
-    close(asr.head_spectra(maps, "paper")[0], f"c{i}_per_head")
-    phi, angular, radial = asr.descriptor(attn[:, -4:], mask, "paper", average_first=True)
-    close(phi, f"c{i}_descriptor")
-    close(angular, f"c{i}_angular")
-    close(radial, f"c{i}_radial")
-    (phi * g(f"c{i}_probe_coef")).sum().backward()
-    close(attn.grad, f"c{i}_probe_grad_attn", GRADIENT)
+    close(asr.head_spectra(maps, args.published)[0], f"c{i}_per_head")
+    looks = asr.descriptor(attention[:, -4:], mask, published=args.published)
+    for ours, name in zip(looks, ("descriptor", "angular", "radial")):
+        close(ours, f"c{i}_{name}")
+    (looks[0] * g(f"c{i}_probe_coef")).sum().backward()
+    close(attention.grad, f"c{i}_probe_grad_attn", GRADIENT)
 
 
 @pytest.mark.parametrize("i", CASES)
-def test_spectral_loss_and_its_gradient(i):
-    attn, memory = g(f"c{i}_attn").requires_grad_(), memory_of(f"c{i}_mem_")
-    phi, angular, _ = asr.descriptor(attn[:, -4:], g(f"c{i}_mask"), "paper", average_first=True)
-    loss, D2, w = asr.spectral_loss(phi, angular, g(f"c{i}_probs"), memory, **PUBLISHED)
-    close(D2, f"c{i}_d2")
-    close(asr.symmetric_kl(angular[:, None], memory["angular"]), f"c{i}_symkl")
-    close(D2[:, memory["count"] > 0].amin(1), f"c{i}_dmin")
-    close(w, f"c{i}_weight")
+def test_spectral_loss_and_its_gradient(i, args):
+    attention, memory, pi = (
+        g(f"c{i}_attn").requires_grad_(),
+        memory_of(f"c{i}_mem_"),
+        g(f"c{i}_probs"),
+    )
+    looks = asr.descriptor(attention[:, -4:], g(f"c{i}_mask"), published=args.published)[:2]
+    close(asr.symmetric_kl(looks[1][:, None], memory["angular"]), f"c{i}_symkl")
+    close(one_by_one("distance", *looks, pi, memory, args), f"c{i}_dmin")
+    close(one_by_one("weight", *looks, pi, memory, args), f"c{i}_weight")
+    # with a single prototype in the memory, the distance to the nearest one is D2 to that one
+    only = [memory | {"count": one_hot(torch.tensor(s), 4)} for s in range(4)]
+    D2 = [one_by_one("distance", *looks, pi, alone, args) for alone in only]
+    close(torch.stack(D2, 1), f"c{i}_d2")
+    loss = asr.spectral_loss(*looks, pi, memory, args)["spectral"]
     close(loss, f"c{i}_loss")
     loss.backward()
-    close(attn.grad, f"c{i}_loss_grad_attn", GRADIENT)
+    close(attention.grad, f"c{i}_loss_grad_attn", GRADIENT)
 
 
 @pytest.mark.parametrize("i", (0, 3))
-def test_variants_of_the_descriptor(i):
-    attn, mask = g(f"c{i}_attn"), g(f"c{i}_mask")
-    h, w = attn.shape[-2:]
-    phi, angular, radial = asr.descriptor(attn, mask, "paper", average_first=True)
-    # std: sqrt(var + eps) instead of the variance
-    close(torch.cat([phi[:, :27], (phi[:, 27:] + asr.EPS).sqrt()], 1), f"c{i}_std_descriptor")
-    close(angular, f"c{i}_std_angular")
-    close(radial, f"c{i}_std_radial")
-    # raw: frequencies u / h, v / w without wrapping, as the paper prints them
-    bins = asr.bin_table(h, w, "paper", wrapped=False)
-    raw = asr.descriptor(attn, mask, "paper", average_first=True, bins=bins)
-    for ours, name in zip(raw, ("descriptor", "angular", "radial"), strict=True):
+def test_raw_frequencies(i, args):
+    """u / h and v / w without wrapping, as the paper prints them."""
+    attention, published = g(f"c{i}_attn"), tuple(args.published)
+    bins = asr.bin_table(*attention.shape[-2:], published, wrapped=False)
+    raw = asr.descriptor(attention, g(f"c{i}_mask"), published=published, bins=bins)
+    for ours, name in zip(raw, ("descriptor", "angular", "radial")):
         close(ours, f"c{i}_raw_{name}")
-    # bwd: FFT without 1 / sqrt(hw) and the peak's power not normalised: p* times the total power,
-    # which is hw * sum of squares (Parseval)
-    maps = asr.token_average(attn, mask, average_first=True)
-    per_head = asr.head_spectra(maps, "paper")[0]
-    per_head[..., -1] *= h * w * (maps**2).sum((-2, -1))
-    bwd = torch.cat([per_head.mean(1), per_head.var(1, correction=0)], 1)
-    close(bwd, f"c{i}_bwd_descriptor")
-    close(angular, f"c{i}_bwd_angular")
-    close(radial, f"c{i}_bwd_radial")
 
 
 def test_divergences():
     close(asr.symmetric_kl(g("kl_p"), g("kl_q")), "kl_symmetric")
-    close(asr.js_divergence(GOLDEN["kl_p"], GOLDEN["kl_q"]), "kl_jsd")
-    close(asr.high_frequency_loss(GOLDEN["hf_prev"], GOLDEN["hf_cur"]), "hf_loss_rho0_3")
+    close(plot.js_divergence(GOLDEN["kl_p"], GOLDEN["kl_q"]), "kl_jsd")
 
 
 def test_prototype_memory_over_two_updates():
-    memory = asr.new_prototypes(5, 54, 8)
-    before = np.zeros(5)
+    memory, before = None, np.zeros(5)
     for k in (1, 2):
-        asr.update_prototypes(memory, g(f"mem_desc{k}"), g(f"mem_ang{k}"), g(f"mem_probs{k}"))
+        looks = g(f"mem_desc{k}"), g(f"mem_ang{k}")
+        memory = asr.update_prototypes(memory, *looks, g(f"mem_probs{k}"), floor=1e-4)
         for name in ("mean", "var", "angular"):
             close(memory[name], f"mem_after{k}_{name}")
         count = memory["count"].numpy()
@@ -121,26 +121,24 @@ def test_prototype_memory_over_two_updates():
 
 
 @pytest.mark.parametrize(
-    "name, scale, settings",
+    "name, scale, flags",
     [
-        ("default", 1, dict()),
+        ("default", 1, ""),
         # distance not divided by D = 54 and tau = 54: the same weight, everything else times 54
-        ("unnorm_tau54", 54, dict(lambda_ang=0.1 / 54)),
-        ("lam1_tau4", 1, dict(lambda_ang=1.0, tau=4.0)),
+        ("unnorm_tau54", 54, f"--lambda_ang {0.1 / 54}"),
+        ("lam1_tau4", 1, "--lambda_ang 1 --tau 4"),
     ],
 )
-def test_spectral_loss_on_that_memory(name, scale, settings):
-    memory = memory_of("mem_after2_")
-    phi, angular = g("sl_desc").requires_grad_(), g("sl_ang").requires_grad_()
-    pi = g("sl_probs")
-    loss = scale * asr.spectral_loss(phi, angular, pi, memory, **PUBLISHED, **settings)[0]
+def test_spectral_loss_on_that_memory(name, scale, flags, tiny_folder):
+    args = asr.parse(["--published", "--model", str(tiny_folder), *flags.split()])
+    memory, pi = memory_of("mem_after2_"), g("sl_probs")
+    looks = [g("sl_desc").requires_grad_(), g("sl_ang").requires_grad_()]
+    loss = scale * asr.spectral_loss(*looks, pi, memory, args)["spectral"]
     close(loss, f"sl_{name}_loss")
     loss.backward()
-    close(phi.grad, f"sl_{name}_grad_desc", GRADIENT)
-    close(angular.grad, f"sl_{name}_grad_ang", GRADIENT)
-    rows = [(phi[k : k + 1], angular[k : k + 1], pi[k : k + 1]) for k in range(len(pi))]
-    alone = [scale * asr.spectral_loss(*r, memory, **PUBLISHED, **settings)[0] for r in rows]
-    close(torch.stack(alone), f"sl_{name}_per_row")
+    close(looks[0].grad, f"sl_{name}_grad_desc", GRADIENT)
+    close(looks[1].grad, f"sl_{name}_grad_ang", GRADIENT)
+    close(scale * one_by_one("spectral", *looks, pi, memory, args), f"sl_{name}_per_row")
 
 
 @pytest.mark.parametrize("i", range(3))

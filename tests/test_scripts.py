@@ -1,17 +1,21 @@
 """The scripts as a user runs them: whole runs on a small stream with a random tiny LLaVA.
 
-Most runs happen inside this process, since importing torch takes longer than they do; what is about
-processes (exit codes, a kill) starts one.
+Most runs happen inside this process or in a fork of it, since importing torch takes longer than
+they do. SAVE_EVERY is the number of steps between two checkpoints.
 """
 
+import itertools
 import json
 import os
 import re
+import runpy
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import traceback
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,281 +28,334 @@ import cram
 import data
 import eval as evaluation
 import mllm_cl
-import model
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"asr": asr, "baselines": baselines, "cram": cram, "mllm_cl": mllm_cl}
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a fork cannot use the GPU of its parent
+
+ROOT = Path(data.__file__).parent
+README = (ROOT / "README.md").read_text()
+SCRIPTS = {"asr": asr, "cram": cram, "mllm_cl": mllm_cl, "baselines": baselines}
+FLAGS = {
+    "asr": "--skills parser",
+    "cram": "--rank 4 --targets q,v --buffer_share 0.5",
+    "mllm_cl": "--shots 3 --router_epochs 3 --router_batch 4",
+    "joint": "--blind",
+    "replay": "--buffer 2",
+    "ewc": "--ewc_lambda 1e4",
+    "olora": "--olora_lambda 0.1",
+}
+METHODS = list(baselines.METHODS)
+# What a method keeps from stage to stage must survive a kill, and be equal in all processes.
+WITH_STATE = ["asr", "cram", "mllm_cl", "ewc", "lwf", "olora", "hide"]
+STEPS = {"joint": 18, "replay": 6 + 8 + 8, "zeroshot": 0, "mllm_cl": 18 + 6 + 9}  # default: 18
 
 
-def run_here(script, flags, out):
-    """A run of a script in this process; returns its folder."""
+def script_of(name):
+    """(script, flags) of a run that is named after its script or its baseline."""
+    if name in METHODS:
+        return "baselines", ["--method", name, *FLAGS.get(name, "").split()]
+    return name, FLAGS[name].split()
+
+
+def run_here(name, flags, out):
+    """A run in this process; returns its folder."""
+    script, further = script_of(name)
     module = SCRIPTS[script]
-    args = module.parse([*flags, "--out", str(out)])
-    stream = data.load_stream(data.resolve_defaults(args))
-    if script != "asr":
-        module.check_stream(args, stream)
-    run = evaluation.start_run(args, f"{script}.py")
-    module.main(args, stream, run)
-    return run
+    module.main(module.parse([*flags, *further, "--out", str(out)]))
+    return out
 
 
-def start(script, flags, out, **kwargs):
-    """A run of a script in a process of its own."""
-    command = [sys.executable, f"{script}.py", *map(str, flags), "--out", str(out)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes, **kwargs)
+def run_killed(name, flags, out, point, n):
+    """A run in a process of its own that ends by SIGKILL after the n-th call of Run.<point>."""
+    child = os.fork()
+    if not child:
+        try:
+            calls, method = itertools.count(1), getattr(evaluation.Run, point)
 
+            def last_call(*args, **values):
+                method(*args, **values)
+                if next(calls) == n:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-def kill_after(lines, script, flags, run):
-    """Start a run, kill it when it has logged so many steps; returns its metrics.jsonl."""
-    process, metrics = start(script, flags, run), run / "metrics.jsonl"
-    while process.poll() is None and (
-        not metrics.exists() or metrics.read_bytes().count(b"\n") < lines
-    ):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (run / "summary.json").exists()
-    return metrics
+            setattr(evaluation.Run, point, last_call)
+            run_here(name, flags, out)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert (out / "checkpoint.pt").exists() and not (out / "summary.json").exists()
 
 
 def results(run):
     """Everything of a run that must not depend on when, where or how often it was started."""
-    files = [run / "matrix.json", *(run / "lora").rglob("*.safetensors")]
-    files = sorted(str(p.relative_to(run)) for p in [*files, *(run / "predictions").iterdir()])
-    return {name: (run / name).read_bytes() for name in files}
+    files = [run / "matrix.json", run / "metrics.jsonl", *run.glob("facts.npz")]
+    files += [*run.glob("experts.pt"), *run.rglob("*.safetensors"), *run.glob("predictions/*")]
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
-@pytest.fixture(scope="session")
-def asr_run(flags, tmp_path_factory):
-    """An uninterrupted run of the method, with skills that return and both losses at work."""
-    return run_here("asr", [*flags, "--skills", "parser"], tmp_path_factory.mktemp("run") / "asr")
+def lines_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_its_records(asr_run):
-    for name in ("args.json", "summary.json", "spectra.npz", "checkpoint/state.pt"):
-        assert (asr_run / name).is_file(), name
-    lines = [json.loads(line) for line in (asr_run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 19))  # 3 stages, 2 epochs, 3 steps
-    assert all(line["spectral"] == 0 for line in lines if line["stage"] == 1)
-    assert all(line["spectral"] > 0 and line["weight"] > 0 for line in lines if line["stage"] > 1)
+@pytest.fixture(scope="module")
+def small(stream_folder, flags, tmp_path_factory):
+    """Flags of a small run, on a stream whose stages have descriptions for the router."""
+    folder = tmp_path_factory.mktemp("scripts") / "stream"
+    shutil.copytree(stream_folder, folder)
+    names = ["one", "two", "three"]
+    described = {"stages": names, "descriptions": {name: f"questions {name}" for name in names}}
+    (folder / "stream.json").write_text(json.dumps(described))
+    return [*flags, "--stream", str(folder), "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):
+    """name -> folder of its uninterrupted run, made once."""
+    home = tmp_path_factory.mktemp("runs")
+    return cache(lambda name: run_here(name, small, home / name))
+
+
+@pytest.mark.parametrize("name", [*WITH_STATE[:3], *METHODS])
+def test_a_run_leaves_its_record_and_figures(name, runs):
+    run, lines = runs(name), lines_of(runs(name))
+    assert [line["step"] for line in lines] == list(range(1, STEPS.get(name, 18) + 1))
+    assert all(line["loss"] > 0 and line["gradient_norm"] > 0 for line in lines)
+    record = json.loads((run / "summary.json").read_text())
+    once = name in ("zeroshot", "joint")  # fills the last row alone
+    filled = np.isfinite(np.array(record["matrix"], dtype=float))
+    assert filled.sum(1).tolist() == ([0, 0, 3] if once else [1, 2, 3])
+    cells = {f"after-{t + 1}-on-{i + 1}.jsonl" for t, i in np.argwhere(filled)}
+    cells |= {f"after-3-on-blind-{i}.jsonl" for i in (1, 2, 3) if name == "joint"}
+    assert {path.name for path in (run / "predictions").iterdir()} == cells
+    assert evaluation.rescore(run) == []
+    assert (record["trainable_parameters"] == 0) == (name == "zeroshot")
+    grows = name in ("asr", "cram", "mllm_cl", "ewc", "olora", "hide")
+    assert (np.max(record["stored_parameters"]) > np.max(record["trainable_parameters"])) == grows
+    assert record["script"] == script_of(name)[0] and record["seconds"] > 0
+    figures = {path.name for path in (run / "figures").iterdir()}
+    assert {"accuracy.png", "matrix.png", "interference.png"} <= figures
+    assert len(figures) == {"asr": 8, "cram": 7, "mllm_cl": 7}.get(name, 3)
+    assert all(path.stat().st_size > 5000 for path in (run / "figures").iterdir())
+    assert bool(list(run.rglob("*.safetensors"))) == (name not in ("zeroshot", "cram"))
+
+
+def test_the_losses_are_at_work_and_the_rate_rises_and_falls_in_every_stage(runs):
+    lines = lines_of(runs("asr"))
+    assert all((line["spectral"] > 0) == (line["stage"] > 1) for line in lines)
     assert all(line["geometry"] > 0 for line in lines[1:])  # at the first step LoRA is still zero
-    rates = [1 / 3, 2 / 3, 1, 1, 0.75, 0.25]  # three steps up, then a cosine; in every stage
+    rates = [1 / 3, 2 / 3, 1, 1, 0.75, 0.25]  # three steps up, then a cosine
     assert [line["lr"] / 2e-2 for line in lines] == pytest.approx(3 * rates)
-    summary = json.loads((asr_run / "summary.json").read_text())
-    assert summary["tower_runs"] == 3 * 17 - 2  # every image once; two samples have none
-    # 2 skills: a prototype each, and the centroid of the parser with its count
-    assert summary["prototype_floats"] == 2 * (2 * 40 + 8 + 1) + 2 * (64 + 1)
-    assert len(summary["drift"]) == 4  # two skills in each of the two earlier stages
-    assert all(nats > 0 for nats, _ in summary["drift"].values())
-    assert evaluation.rescore(asr_run) == []
-    spectra = np.load(asr_run / "spectra.npz")
-    assert spectra["3-2-phi"].shape == (5, 40) and np.isnan(spectra["3-2-phi"][3]).all()
-    assert np.isfinite(spectra["3-1-map"]).all() and spectra["2-2-picture"].dtype == np.uint8
+    for name, loss in (("ewc", "ewc"), ("lwf", "lwf"), ("olora", "olora")):
+        later = [line for line in lines_of(runs(name)) if line["stage"] > 1]
+        assert all(line[loss] > 0 for line in later[1:]), name
+    assert any(line["orthogonality"] > 0 for line in lines_of(runs("cram")))
+    phases = [line["phase"] for line in lines_of(runs("cram"))]
+    assert phases == 3 * (3 * ["buffer"] + 3 * ["expert"])
 
 
-def test_a_run_draws_its_figures(asr_run):
-    names = {path.name for path in (asr_run / "figures").iterdir()}
-    assert len(names) == 9 and all(
-        (asr_run / "figures" / name).stat().st_size > 5000 for name in names
-    )
+def test_no_method_is_sequential_lora_bit_for_bit(small, runs, tmp_path):
+    plain = run_here("asr", [*small, "--beta", "0", "--gamma", "0"], tmp_path / "asr")
+    sequential = results(runs("sequential"))
+    same = {name: content for name, content in results(plain).items() if name in sequential}
+    del same["metrics.jsonl"], sequential["metrics.jsonl"]  # asr.py logs two losses more
+    assert same == sequential
+    assert same["lora/adapter_model.safetensors"] != results(runs("ewc"))[
+        "lora/adapter_model.safetensors"
+    ]
 
 
-def test_no_method_is_sequential_lora_bit_for_bit(flags, tmp_path):
-    plain = run_here("asr", [*flags, "--beta", "0", "--gamma", "0"], tmp_path / "asr")
-    sequential = run_here("baselines", flags, tmp_path / "sequential")
-    assert results(plain) == results(sequential)
-    more = {plain: ["--beta", "0", "--gamma", "0"], sequential: []}
-    for run, script in ((plain, "asr"), (sequential, "baselines")):  # stopped just before the end
-        before = evaluation.read_json(run / "summary.json")
-        (run / "summary.json").unlink()
-        run_here(script, [*flags, *more[run], "--resume"], run)
-        after = evaluation.read_json(run / "summary.json")
-        for key in {"matrix", "metrics", "stored_parameters", "drift"} & before.keys():
-            assert before[key] == after[key]
-    asr.plot([plain, plain], tmp_path / "figures")  # two runs side by side
-    with pytest.raises(data.InputError, match="holds no spectra"):
-        asr.plot([sequential], tmp_path / "figures")
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_killed_and_resumed_gives_the_same_bytes(name, runs, small, tmp_path, monkeypatch):
+    run, again = tmp_path / "run", [*small, "--resume"]
+    monkeypatch.setattr(SCRIPTS[script_of(name)[0]], "SAVE_EVERY", 2)
+    run_killed(name, small, run, "log", 9)  # in the middle of stage 2
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["run_step"] == 8
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99')  # the kill may have torn the last line
+    if name == "mllm_cl":  # in the middle of the router
+        run_killed(name, again, run, "log", 4 + 3)
+        assert torch.load(run / "checkpoint.pt", weights_only=True)["run_step"] == 14
+    run_killed(name, again, run, "test", 1)  # before the checkpoint of this stage
+    run_here(name, again, run)
+    assert results(run) == results(runs(name))
+    assert (run / "figures" / "matrix.png").exists()
 
 
-def test_bfloat16_checkpointing_accumulation_and_a_held_out_group(flags, tmp_path):
-    more = "--dtype bf16 --gradient_checkpointing --accumulate 2 --limit 8 --skills shared"
-    args = asr.parse([*flags, *more.split(), "--out", str(tmp_path / "run")])
-    stream = data.load_stream(data.resolve_defaults(args))
-    stream.novel = [data.Stage(s.name, [], s.test[:2], s.metric) for s in stream.stages]
-    run = evaluation.start_run(args, "asr.py")
-    asr.main(args, stream, run)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+SEVERAL = """
+import importlib, json, sys
+for script, *flags in json.loads(sys.argv[1]):
+    module = importlib.import_module(script)
+    try:
+        module.main(module.parse(flags))
+    except SystemExit as end:  # of the silent process
+        assert end.code == 0
+"""
+
+
+def test_two_processes_are_one(small, tmp_path):
+    """torchrun shares micro-batches and tests out: losses and answers as from one process."""
+    flags = [*small, "--dropout", "0", "--accumulate", "2", "--limit", "6"]
+    jobs = []
+    for name in WITH_STATE:
+        run_here(name, flags, tmp_path / "one" / name)
+        script, further = script_of(name)
+        jobs.append([script, *flags, *further, "--out", str(tmp_path / "two" / name)])
+    (tmp_path / "several.py").write_text(SEVERAL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    command += ["2", str(tmp_path / "several.py"), json.dumps(jobs)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("everything is in") == len(jobs)
+    for name in WITH_STATE:
+        one, two = (tmp_path / number / name for number in ("one", "two"))
+        lines = [lines_of(run) for run in (one, two)]
+        assert len(lines[0]) == len(lines[1]) >= 12, name
+        losses = [[line["loss"] for line in part] for part in lines]
+        np.testing.assert_allclose(*losses, rtol=1e-5, err_msg=name)
+        texts = [(run / "predictions").iterdir() for run in (one, two)]
+        texts = [{path.name: path.read_bytes() for path in paths} for paths in texts]
+        assert texts[0] == texts[1], name
+        assert json.loads((two / "args.json").read_text())["processes"] == 2
+
+
+def test_bfloat16_as_published_with_a_group_held_out(small, tmp_path, monkeypatch):
+    def load_stream(args, load=data.load_stream):
+        stream = load(args)
+        stream.novel = [data.Stage(s.name, [], s.test[:2], s.metric) for s in stream.stages]
+        return stream
+
+    monkeypatch.setattr(data, "load_stream", load_stream)
+    monkeypatch.setitem(FLAGS, "asr", "--dtype bf16 --accumulate 2 --limit 8 --published")
+    run = run_here("asr", small, tmp_path / "run")
+    lines = lines_of(run)
     assert len(lines) == 12 and lines[-1]["spectral"] > 0 and lines[-1]["geometry"] > 0
     assert (run / "predictions" / "after-3-on-novel-2.jsonl").read_text().count("\n") == 2
     assert len(json.loads((run / "summary.json").read_text())["novel"]["matrix"]) == 3
 
 
-def test_joint_and_zeroshot(flags, tmp_path):
-    for method, more in (("joint", ["--blind"]), ("zeroshot", [])):
-        run = run_here("baselines", [*flags, "--method", method, *more], tmp_path / method)
-        matrix = json.loads((run / "matrix.json").read_text())["matrix"]
-        assert matrix[0] == [None] * 3 and None not in matrix[2]
-        summary = json.loads((run / "summary.json").read_text())
-        assert (summary["trainable_parameters"] == 0) == (method == "zeroshot")
-        assert ("blind" in summary) == (method == "joint")
-    baselines.plot([run], tmp_path / "figures")
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    small, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(baselines, "SAVE_EVERY", 1)
+    with pytest.raises(data.InputError, match=r"^step \d+: loss [^.]*; stopped. .* lower --lr"):
+        run_here("sequential", [*small, "--lr", "1e30"], tmp_path)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["run_step"] == len(lines_of(tmp_path)) >= 1
+    assert all(x.isfinite().all() for x in state["lora"].values())
 
 
-def test_replay_keeps_a_uniform_sample(flags, tmp_path):
-    args = baselines.parse([*flags, "--method", "replay"])
-    stages = data.load_stream(data.resolve_defaults(args)).stages
-    stages[2].blocks = [[0, 1, 2], list(range(3, 12))]
-    mixed = baselines.with_replay(stages[2], stages[:2], 4, 0)
-    old = mixed.train[12:]
-    assert len(old) == 8 and [s.stage for s in old] == ["one"] * 4 + ["two"] * 4
-    assert sorted(i for block in mixed.blocks for i in block) == list(range(20))
-    assert sorted(data.train_order(mixed, 0, 0)) == list(range(20))
-    drawn = [
-        baselines.with_replay(stages[1], stages[:1], 4, seed).train[12:] for seed in range(300)
-    ]
-    count = {s.id: 0 for s in stages[0].train}
-    for samples in drawn:
-        for s in samples:
-            count[s.id] += 1
-    assert all(60 < n < 140 for n in count.values())  # 300 x 4 / 12 = 100 each
-    run = run_here("baselines", [*flags, "--method", "replay", "--buffer", "2"], tmp_path / "run")
-    steps = [json.loads(line)["stage"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [steps.count(k) for k in (1, 2, 3)] == [6, 8, 8]  # 12, 14 and 16 samples, twice, by 4
+# Command line
 
 
-def test_killed_and_resumed_gives_the_same_bytes(asr_run, flags, tmp_path):
-    run, more = tmp_path / "killed", ["--skills", "parser", "--save_every", "2"]
-    metrics = kill_after(9, "asr", [*flags, *more], run)  # stage 2, past its first checkpoint
-    state = torch.load(run / "checkpoint" / "state.pt", weights_only=True)
-    assert state["stage"] == 1 and state["unfinished"]["steps"] >= 2
-    with open(metrics, "a") as file:
-        file.write('{"step": 99')  # and the kill may have torn the last line
-    with pytest.raises(data.InputError, match="--resume"):
-        run_here("asr", [*flags, *more], run)
-    run_here("asr", [*flags, *more, "--resume"], run)
-    assert results(run) == results(asr_run)
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 19))
-    with pytest.raises(SystemExit) as finished:
-        run_here("asr", [*flags, *more], run)
-    assert finished.value.code == 0
-    with pytest.raises(data.InputError, match="beta"):
-        run_here("asr", [*flags, *more, "--beta", "1"], run)
+@pytest.fixture
+def shell(monkeypatch, capsys):
+    """(exit code, stdout, stderr) of `python SCRIPT.py WORD ...`, in this process."""
+
+    def call(script, *words):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
-def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(flags, tmp_path):
-    process = start("asr", [*flags, "--lr", "1e30", "--save_every", "1"], tmp_path / "run")
-    output, errors = process.communicate()
-    assert process.returncode == 2, errors
-    message = errors.strip().splitlines()[-1]
-    assert message.startswith("error: stage 1/3 one, step") and "--lr" in message
-    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert state["step"] == len(lines) >= 1
-    assert "question row" in output  # the decoded example was shown before training
+@pytest.mark.parametrize("name", ["asr", "cram", "mllm_cl", "ewc"])
+def test_what_a_script_says_to_a_run_that_is_there(name, runs, small, shell, tmp_path):
+    script, further = script_of(name)
+    words = [script, *small, *further, "--out", runs(name)]
+    before = results(runs(name))
+    for extra in ((), ("--resume",)):
+        code, out, err = shell(*words, *extra)
+        assert code == 0 and f"is finished. To see it: python eval.py {runs(name)}" in out
+    wrong = {("--seed", 1): "--seed 0, and now --seed is 1"}
+    wrong |= {("--stream", tmp_path / "none"): "unknown stream", ("--rank", 5): "--rank"}
+    wrong[("--model", tmp_path / "none")] = "does not exist"
+    for extra, sentence in wrong.items():
+        code, out, err = shell(*words, *extra)
+        assert code == 2 and err.startswith("error: ") and sentence in err
+        assert err.count("\n") == 1
+    code, out, err = shell(script, "--epoch", 3)
+    assert code == 2 and err.endswith("error: unrecognized arguments: --epoch 3\n")
+    assert results(runs(name)) == before
+
+    code, out, err = shell(script, "--plot", runs(name), "--out", tmp_path / "figures")
+    figures = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert code == 0 and figures == {path.name for path in (runs(name) / "figures").iterdir()}
+    code, out, err = shell("plot", runs(name), runs("sequential"), "--out", tmp_path / "both")
+    assert code == 0 and len(list((tmp_path / "both").iterdir())) == 3
+    code, out, err = shell("eval", runs(name))
+    assert code == 0 and "after 3 three" in out
 
 
-def test_bad_flags_are_reported_before_torch_is_imported(flags, tmp_path):
-    program = f"""
-import runpy, sys
-sys.argv = ["baselines.py", "--stream", "nothing", "--out", {str(tmp_path / "run")!r}]
-try:
-    runpy.run_path("baselines.py", run_name="__main__")
-finally:
-    print("torch" in sys.modules)
-"""
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=data.ROOT)
-    assert done.returncode == 2 and done.stdout.endswith("\nFalse\n")
-    assert not (tmp_path / "run").exists()
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+@pytest.mark.parametrize("script", [*SCRIPTS, "data", "eval", "plot"])
+def test_help_fits_a_terminal_and_every_flag_is_read(script, shell, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "82")  # argparse leaves two columns free
+    code, out, err = shell(script, "--help")
+    assert code == 0 and len(out.splitlines()) <= 100 and max(map(len, out.splitlines())) <= 80
+    read = "".join((ROOT / f"{name}.py").read_text() for name in (script, "data", "eval", "model"))
+    for flag in set(re.findall(r"^  --(\w+)", out, re.MULTILINE)):
+        assert re.search(rf"\bargs\.{flag}\b|\"{flag}\"", read), f"--{flag} is read nowhere"
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    ["--beta -1", "--tau 0", "--layers 0", "--ema 1", "--save_every -1", "--bins 0", "--gamma nan"],
-)
-def test_flags_of_the_method_are_checked(wrong):
-    with pytest.raises(data.InputError, match=wrong.split()[0]):
-        asr.parse(wrong.split())
+# README
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
-def test_a_device_that_is_not_there(flags, tmp_path):
-    with pytest.raises(data.InputError, match="--device cuda:1: torch finds 0 CUDA devices"):
-        run_here("asr", [*flags, "--device", "cuda:1"], tmp_path / "run")
+def test_the_program_in_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
+    """On a copy of the scripts, with fewer questions in the drawn stream."""
+    program = re.search(r"```python\n(.+?)```", README, re.DOTALL)[1]
+    (stream,) = re.findall(r'"--stream", "(\w+)"', program)
+    monkeypatch.syspath_prepend(ROOT / "mini")
+    import streams
 
-
-def test_too_many_layers(flags, tmp_path):
-    with pytest.raises(data.InputError, match="--layers 5: this language model has 4"):
-        run_here("asr", [*flags, "--layers", "5"], tmp_path / "run")
-    args = data.resolve_defaults(asr.parse([*flags, "--out", str(tmp_path / "run")]))
-    assert evaluation.start_run(args, "asr.py") == tmp_path / "run"  # the folder is not lost
-    assert evaluation.read_json(tmp_path / "run" / "args.json")["layers"] == 4
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_is_read(script):
-    names = (script, "data", "eval", "model")
-    own, common, *others = ((ROOT / f"{name}.py").read_text() for name in names)
-    before, after = common.split("def add_common_flags")
-    used = own.split("parse_args(argv)")[1] + before + after.split("# fmt: on")[1]
-    used += "".join(others)
-    for flag in vars(SCRIPTS[script].parse([])):
-        assert re.search(rf"\bargs\.{flag}\b", used), f"--{flag} is read nowhere"
-
-
-@pytest.mark.parametrize("parts", [0, 1, 2, 3, 7])
-def test_shares_of_three_processes_are_the_whole(parts, monkeypatch):
-    done = []  # what each process would send
-    monkeypatch.setattr(model, "gather", lambda value: done.append(value) or [])
-    for me in range(3):
-        monkeypatch.setattr(model, "processes", lambda me=me: (me, 3))
-        model.share_out(lambda x: 10 * x, range(parts))
-    monkeypatch.setattr(model, "gather", lambda value: done)
-    assert model.share_out(lambda x: 10 * x, range(parts)) == [10 * k for k in range(parts)]
-
-
-@pytest.mark.parametrize(
-    "script", ["asr", "cram", "mllm_cl", "baselines olora", "baselines ewc", "baselines hide"]
-)
-def test_two_processes_are_one(script, flags, stream_folder, tmp_path):
-    """torchrun shares the micro-batches out: losses and answers as from one process.
-
-    Without dropout and L_geo, which live on the micro-batch.
-    """
-    flags = [*flags, "--dropout", "0", "--batch_size", "4", "--accumulate", "2", "--limit", "6"]
-    script, *method = script.split()
-    if script == "asr":
-        flags += ["--gamma", "0", "--skills", "parser"]
-    if script == "cram":
-        flags += ["--buffer_rank", "6", "--rank", "4", "--alpha", "8", "--r_min", "1"]
-        flags += ["--targets", "q,v"]
-    if script == "baselines":
-        flags += ["--method", *method, "--olora_lambda", "0.1", "--ewc_lambda", "1e4"]
-        flags += [] if method == ["hide"] else ["--blind"]
-    if script == "mllm_cl":
-        spec = json.dumps({"descriptions": {name: name for name in ("one", "two", "three")}})
-        shutil.copytree(stream_folder, tmp_path / "stream")
-        (tmp_path / "stream" / "stream.json").write_text(spec)
-        flags = [str(tmp_path / "stream") if x == str(stream_folder) else x for x in flags]
-        flags += ["--router_epochs", "2", "--shots", "3"]
-    alone = run_here(script, flags, tmp_path / "alone")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    both = [f"{script}.py", *map(str, flags), "--out", str(tmp_path / "both")]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*command, "2", *both], cwd=ROOT, env=env, capture_output=True, text=True)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "mini", tmp_path / "mini")
+    assert stream == "domains"
+    monkeypatch.setattr(streams, "DOMAIN_SIZE", {"train": 16, "test": 5})
+    streams.replace_stream(stream, tmp_path / "data" / "mini" / stream)
+    (tmp_path / "first.py").write_text(program)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "first.py"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("everything is in") == 1
-    lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (alone, tmp_path / "both")]
-    losses = [[json.loads(line)["loss"] for line in part] for part in lines]
-    assert len(losses[0]) == len(losses[1]) > 9
-    np.testing.assert_allclose(*losses, rtol=0, atol=1e-4)
-    for file in sorted((alone / "predictions").iterdir()):
-        assert file.read_bytes() == (tmp_path / "both" / "predictions" / file.name).read_bytes()
-    if script == "asr":
-        uneven = subprocess.run([*command, "3", *both], cwd=ROOT, env=env, capture_output=True,
-                                text=True)  # fmt: skip
-        assert uneven.returncode and "multiple of the 3 processes" in uneven.stderr
+    numbers = [re.findall(r"\d+\.?\d*", line) for line in done.stdout.splitlines()[-5:]]
+    assert "drawing" not in done.stdout and len(numbers) == 5 and all(numbers)
+
+
+def commands(text):
+    """The commands of a page's bash blocks, as lists of words."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [row for row in words if row]
+
+
+def test_commands_of_the_readme_name_scripts_and_flags_that_exist(monkeypatch):
+    monkeypatch.setattr(data, "text_width", lambda model: 4096 if "7b" in model else 128)
+    checked = set()
+    for words in commands(README):
+        for k, word in enumerate(words):
+            if word.endswith(".py"):
+                assert (ROOT / word).is_file(), word
+                ends = [j for j in range(k, len(words)) if words[j] in ("&&", "|", ">", ";", "&")]
+                flags = words[k + 1 : min([*ends, len(words)])]
+                script = word.removesuffix(".py")
+                if script in SCRIPTS:
+                    SCRIPTS[script].parse(flags)
+                else:
+                    text = (ROOT / word).read_text() + (ROOT / "data.py").read_text()
+                    assert all(f'"{flag}"' in text for flag in flags if flag.startswith("--"))
+                checked.add(script)
+    assert checked >= SCRIPTS.keys()
+
+
+def test_code_of_the_readme_is_as_wide_as_github_shows():
+    blocks = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)
+    assert blocks and [x for x in "".join(blocks).splitlines() if len(x) > 88] == []
