@@ -51,29 +51,28 @@ from model import LLaVA, to_device
 # ---- 1. Flags ------------------------------------------------------------------------------------
 
 PUBLISHED = (1, 2, 3, 4, 5, 6, 7, 8, 16)  # deviations of docs/asr.md that --published takes back
-WAYS = {  # Eq. 5: how the skills of a question are known, and what a prototype belongs to
-    "skills": ["parser", "stream", "shared"],
-    "posterior": ["soft", "hard"],
-    "prototypes": ["gaussian", "mean", "task", "global"],
-    "spectrum": ["full", "raw", "radial", "angular"],
-}
+SKILLS, POSTERIOR = ["parser", "stream", "shared"], ["soft", "hard"]
+PROTOTYPES, SPECTRUM = ["gaussian", "mean", "task", "global"], ["full", "raw", "radial", "angular"]
+ABOUT = """The first choice is the default. Skills (Eq. 5) are guessed from question embeddings, known
+from the data, or told by question words; their posterior is used as it is or one-hot. A prototype
+is mean and variance or the mean of a skill, of a stage (task), or of everything (global). phi holds
+all numbers, the raw maps without Fourier transform, or one of the two profiles."""
 
 
 def parse(argv=None):
     """All flags, defaults filled in; InputError if one makes no sense."""
     parser = data.common_flags("asr.py", __doc__.split("\n")[0])
-    add = parser.add_argument_group("ASR (first choice: default)").add_argument
+    add = parser.add_argument_group("ASR", ABOUT).add_argument
     add("--beta", type=data.weight, default=0.5, help="of L_spec, Eq. 29 (default: 0.5)")
     add("--gamma", type=data.weight, default=0.05, help="of L_geo, Eq. 29 (default: 0.05)")
     add("--lambda_ang", type=data.weight, default=0.1, help="of d in L_spec, Eq. 23 (default: 0.1)")
     add("--tau", type=float, default=1.0, help="w = exp(-min_s D2_s / tau), Eq. 24 (default: 1)")
-    add("--skills", choices=WAYS["skills"], help="guessed, known, or by question words, Eq. 5")
-    add("--posterior", choices=WAYS["posterior"], help="pi as it is, or one-hot, Eq. 5")
-    add("--prototypes", choices=WAYS["prototypes"], help="mean and variance per skill; or ...")
-    add("--spectrum", choices=WAYS["spectrum"], help="phi: all; maps without Fourier; r; d only")
+    add("--skills", choices=SKILLS, default=SKILLS[0])
+    add("--posterior", choices=POSTERIOR, default=POSTERIOR[0])
+    add("--prototypes", choices=PROTOTYPES, default=PROTOTYPES[0])
+    add("--spectrum", choices=SPECTRUM, default=SPECTRUM[0])
     add("--layers", type=data.count, default=4, help="last layers that are captured (default: 4)")
     data.published_flag(add, PUBLISHED)
-    parser.set_defaults(**{name: choices[0] for name, choices in WAYS.items()})
     args = parser.parse_args(argv)
     if not args.tau > 0:
         raise InputError(f"--tau {args.tau} must be above zero")
@@ -348,6 +347,8 @@ def prototype_variance(memory, shape="gaussian", published=()):
 
 # ---- 4. The losses (Eqs. 21-29) ------------------------------------------------------------------
 
+NO_TERMS = dict.fromkeys(("spectral", "distance", "weight", "geometry"), torch.zeros(()))
+
 
 def symmetric_kl(p, q):
     """0.5 KL(p | q) + 0.5 KL(q | p) over the last axis of non-negative vectors of any sum."""
@@ -494,7 +495,7 @@ def main(args):
         if args.gamma:  # how the pretrained model embeds images and questions, [N, 2, width]
             reference = reference_embeddings(llava, stage.train, args)
             run.lap("reference")
-        beta = args.beta if memory and memory["count"].any() else 0.0  # nothing to protect at first
+        beta = args.beta if memory and memory["count"].any() else 0.0
 
         # Train. A step is a few micro-batches; each adds its share to the gradient.
         steps = data.steps_of(stage, args)
@@ -508,9 +509,7 @@ def main(args):
             optimizer.zero_grad()
             log = Counter()  # adds up over the micro-batches
             for batch in llava.micro_batches(stage.train, steps[k]):
-                terms = dict.fromkeys(
-                    ("spectral", "distance", "weight", "geometry"), torch.tensor(0)
-                )
+                terms = dict(NO_TERMS)  # until there is something to protect
                 with capture(llava, batch, args) if beta else nullcontext() as captured:
                     output = llava.forward(batch)
                     terms["task"] = output.loss * batch["token_share"]  # [14]

@@ -291,7 +291,7 @@ class StackedLoRALinear(LoRALinear):
 
 
 class OLoRA(Sequential):
-    """lambda_1 times the sum of |A_i A_t^T| over layers and earlier stages i, entry by entry [4]."""
+    """lambda_1 times the sum of |A_i A_t^T|, over layers, earlier stages i and entries [4]."""
 
     keeps = ("stacks",)
 

@@ -172,6 +172,8 @@ class Run:
 
     def __init__(self, args, stream, script):
         """Make the folder (args.out or runs/SCRIPT-STREAM-SEED); what can be wrong: start_run."""
+        if silent():
+            sys.stdout = open(os.devnull, "w")
         self.folder = start_run(args, script)
         self.args, self.stages, self.novel = args, stream.stages, stream.novel or []
         T = len(self.stages)

@@ -88,7 +88,7 @@ SHAPING = "stream model seed order epochs lr batch_size limit rank alpha targets
 
 
 def check(args, stream):
-    """InputError if the router lacks letters or descriptions, or the experts of --experts differ."""
+    """InputError if the router lacks letters or descriptions, or --experts has other settings."""
     if len(stream.stages) > len(LETTERS):
         raise InputError(f"{len(stream.stages)} tasks, but only {len(LETTERS)} letters: use fewer")
     nameless = [s.name for s in stream.stages if not stream.descriptions.get(s.name)]

@@ -23,7 +23,6 @@ import json
 import os
 import random
 import re
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -251,7 +250,7 @@ class LLaVA:
                 layer.on = True
 
     def lora_state(self):
-        """{"<path>.lora_A.weight": [r, in], "<path>.lora_B.weight": [out, r]}, copies on the CPU."""
+        """{"<path>.lora_A.weight": [r, in], "<path>.lora_B.weight": [out, r]}, copied to the CPU"""
         return {
             f"{path}.lora_{name}.weight": p.detach().cpu().clone()
             for path, layer in self.layers.items()
@@ -479,8 +478,6 @@ def start_process(device):
     if world > 1 and not dist.is_initialized():
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)
-        if rank:
-            sys.stdout = open(os.devnull, "w")
     return device
 
 

@@ -1,8 +1,8 @@
 """Two tiny LLaVAs with random weights, saved and loaded like real ones, and a few samples.
 
-`tiny` is CLIP + Llama (class token, as many key heads as query heads), `tiny_siglip_qwen` is
-SigLIP + Qwen2 (no class token, two query heads per key head, ChatML prompt); `llava` runs a test
-on both. Every test gets a fresh LLaVA. `tiny_folder` and `tiny_siglip_qwen_folder` are the folders.
+`tiny` is CLIP + Llama (class token, as many key heads as query heads); `llava` runs a test on it
+and on SigLIP + Qwen2 (no class token, two query heads per key head, ChatML prompt). Every test gets
+a fresh LLaVA. `tiny_folder` and `tiny_siglip_qwen_folder` are their folders.
 """
 
 import argparse
@@ -95,9 +95,10 @@ def build(folder, vision, text, tokenizer, template, pixels):
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
+@pytest.fixture(autouse=True)
+def deterministic():
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -132,11 +133,6 @@ def loaded(tiny_folder, tiny_siglip_qwen_folder):
 @pytest.fixture
 def tiny(loaded):
     return copy.deepcopy(loaded["tiny"])
-
-
-@pytest.fixture
-def tiny_siglip_qwen(loaded):
-    return copy.deepcopy(loaded["tiny_siglip_qwen"])
 
 
 @pytest.fixture(params=["tiny", "tiny_siglip_qwen"])

@@ -209,12 +209,12 @@ def test_blind_answers_are_those_to_black_images(make, tmp_path):
     run = SimpleNamespace(stages=method.stages, folder=tmp_path, args=method.args)
     blind = baselines.test_blind(run, method)
     assert blind["stages"] == [100] * 3 and blind["AP"] == 100
-    right = [row["score"] for row in rows if row["skill"] == "skill 2"]
-    assert blind["seeing_blind_by_kind"]["skill 2"][1] == 100
+    seeing, blind = zip(*blind["seeing_blind_by_kind"].values())
+    assert set(blind) == {100} and sum(seeing) < 300  # of four kinds
 
 
 def test_weights_of_zero_give_sequential_lora(flags, tmp_path):
-    flags = [*flags, "--order", "one,two", "--limit", "8", "--limit_test", "2"]
+    flags = [*flags, "--order", "one,two", "--epochs", "1", "--limit_test", "2"]
     texts = {}
     for method, zero in (("sequential", ""), ("ewc", "--ewc_lambda 0"), ("lwf", "--lwf_lambda 0")):
         more = ["--method", method, *zero.split()]

@@ -1,4 +1,4 @@
-"""model.py and attention.py against transformers and peft: same logits, same attention, same files."""
+"""model.py and attention.py against transformers and peft: same logits, attention, files."""
 
 import copy
 import json
@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from attention import capture_attention
 from data import InputError, load_image, pad_square
@@ -65,50 +64,38 @@ def close(a, b, tolerance=5e-5):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=tolerance)
 
 
-# ---- loading -------------------------------------------------------------------------------------
+# Loading
 
 
-def pickled(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def one_weight_less(folder):
-    state = load_file(folder / "model.safetensors")
-    del state[next(key for key in state if "layers.1.mlp.up_proj" in key)]
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def other_pixels(folder):
-    path = folder / "processor_config.json"
-    path.write_text(path.read_text().replace("64", "32"))
-
-
+WEIGHTS = "model.safetensors"
 FAULTS = {
-    "does not exist|could not be|cannot be read": shutil.rmtree,
-    "is no LLaVA": lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'),
-    "safetensors": pickled,
-    "could not be loaded": lambda folder: (folder / "model.safetensors").write_bytes(b"no tensor"),
-    "1 weights missing.*up_proj": one_weight_less,
-    "the tower takes 64": other_pixels,
+    "is no LLaVA": ("config.json", b'"model_type": "llava"', b'"model_type": "llama"'),
+    "could not be loaded": (WEIGHTS, b"dtype", b"dtypo"),
+    "1 weights missing.*up_proj": (WEIGHTS, b"layers.1.mlp.up_proj", b"layers.9.mlp.up_proj"),
+    "the tower takes 64": ("processor_config.json", b"64", b"32"),
 }
 
 
 @pytest.mark.parametrize("sentence", FAULTS)
 def test_what_cannot_be_loaded_stops_with_a_sentence(sentence, tiny_folder, tmp_path):
-    folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    FAULTS[sentence](folder)
+    folder, (name, old, new) = shutil.copytree(tiny_folder, tmp_path / "model"), FAULTS[sentence]
+    (folder / name).write_bytes((folder / name).read_bytes().replace(old, new))
     with pytest.raises(InputError, match=sentence) as error:
         load_llava(folder)
     assert "\n" not in str(error.value)
 
 
-def test_a_device_that_is_not_there(tiny_folder):
+def test_neither_a_pickle_nor_an_absent_device_is_taken(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="no .safetensors weights"):
+        load_llava(folder)
     flags = {"threads": 0, "device": "cuda:99", "dtype": "auto", "max_new_tokens": 4}
     with pytest.raises(InputError, match="--device cuda:99: .* CUDA devices here"):
         LLaVA(Namespace(model=str(tiny_folder), **flags))
 
 
-# ---- forward and attention -----------------------------------------------------------------------
+# Forward and attention
 
 
 @pytest.mark.parametrize("padding", ["right", "left", "none"])
@@ -138,8 +125,9 @@ def test_gradients_through_maps_are_those_of_transformers(llava, samples):
     """Checkpointing runs a layer twice: same dropout, and an open capture is not disturbed."""
     batch = llava.batch(samples[:4], train=True)
     weight = torch.randn(4, 2, 4, 1, llava.grid[0] * llava.grid[1])
+    ours = {}
     for dropout in (0.3, 0.0):
-        lora, ours = adapt(llava, targets=ALL, dropout=dropout), []
+        lora = adapt(llava, targets=ALL, dropout=dropout)
         for checkpointing in (False, True):
             one = copy.deepcopy(llava)
             one.model.train()
@@ -148,14 +136,16 @@ def test_gradients_through_maps_are_those_of_transformers(llava, samples):
             torch.manual_seed(5)
             with capture(one, batch) as maps:
                 (one.forward(batch).loss + (maps()[0] * weight).sum()).backward()
-            ours.append(gradients(one))
-        assert equal(*ours)
+            ours[dropout, checkpointing] = gradients(one)
+        assert equal(ours[dropout, False], ours[dropout, True])
+    assert not equal(ours[0.3, True], ours[0.0, True])
     output, maps = eager(llava, batch)
     (output.loss + (maps * weight).sum()).backward()
     theirs = gradients(llava)
-    assert len(theirs) == len(lora) == 2 * (7 * 4 + 2) and ours[0].keys() == theirs.keys()
+    assert len(theirs) == len(lora) == 2 * (7 * 4 + 2) and ours[0.0, True].keys() == theirs.keys()
     for path, gradient in theirs.items():
-        assert (ours[0][path] - gradient).abs().max() < 2e-4 * gradient.abs().max(), path
+        error = (ours[0.0, True][path] - gradient).abs().max()
+        assert error < 2e-4 * gradient.abs().max(), path
 
 
 def test_capture_in_bfloat16(llava, samples):
@@ -212,7 +202,13 @@ def test_wrong_use_of_capture_is_an_error(tiny, samples):
         capture(tiny, batch)
 
 
-# ---- batches -------------------------------------------------------------------------------------
+# Batches
+
+
+def test_text_means(llava):
+    ids = llava.processor.tokenizer("red house", add_special_tokens=False)["input_ids"]
+    rows = llava.model.get_input_embeddings().weight[ids]
+    close(llava.text_means(["red house"])[0], rows.mean(0))
 
 
 def test_losses_of_micro_batches_add_up_to_the_loss_of_the_step(llava, samples):
@@ -222,21 +218,6 @@ def test_losses_of_micro_batches_add_up_to_the_loss_of_the_step(llava, samples):
         assert [b["sample_share"] for b in batches] == [len(index) / 5 for index in step]
         losses.append(sum(llava.forward(b).loss * b["token_share"] for b in batches))
     close(*losses)
-
-
-def test_a_look_at_all_samples_does_not_depend_on_the_batches(llava, samples):
-    def look(batch):
-        last = batch["attention_mask"].sum(1) - 1
-        return [llava.forward(batch).last_hidden_state[range(len(last)), last]]
-
-    three, seven = (llava.over(samples[:7], size, look)[0] for size in (3, 7))
-    close(three, seven)
-    table, ids = llava.model.get_input_embeddings().weight, llava.processor.tokenizer
-    means = [
-        table[ids(text, add_special_tokens=False)["input_ids"]].mean(0)
-        for text in ("red", "how many")
-    ]
-    close(llava.text_means(["red", "how many"]), torch.stack(means))
 
 
 def test_the_tower_sees_every_image_once_until_the_cache_is_full(llava, samples, tmp_path):
@@ -254,7 +235,7 @@ def test_the_tower_sees_every_image_once_until_the_cache_is_full(llava, samples,
         cache([paths[0], tmp_path / "cut.png"])
 
 
-# ---- LoRA ----------------------------------------------------------------------------------------
+# LoRA
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
@@ -322,7 +303,7 @@ def test_we_read_an_adapter_of_peft(llava, samples, tmp_path):
         read_lora(tmp_path)
 
 
-# ---- generation ----------------------------------------------------------------------------------
+# Generation
 
 
 def test_answers_are_greedy_and_equal_stepwise_ones(llava, samples):
@@ -352,6 +333,6 @@ def test_answers_are_greedy_and_equal_stepwise_ones(llava, samples):
 def test_answers_do_not_depend_on_the_batch(llava, samples):
     adapt(llava, dropout=0.5)
     llava.model.train()  # generate switches dropout off and puts the mode back
-    together = llava.answer(samples[:20])
-    assert [llava.answer([sample])[0] for sample in samples[:20]] == together
-    assert llava.model.training and len(set(together)) > 10
+    together = llava.answer(samples[:12])
+    assert [llava.answer([sample])[0] for sample in samples[:12]] == together
+    assert llava.model.training and len(set(together)) > 8

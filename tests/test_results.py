@@ -10,11 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import data
 import eval as evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "results"))  # run.py is a script, and imports its neighbors
 run, sweeps, tables = (importlib.import_module(name) for name in ("run", "sweeps", "tables"))
+
+SETTINGS = """seed stream method lr epochs batch_size rank alpha targets dropout warm_up limit router
+    limit_test beta gamma lambda_ang skills posterior layers shots router_lr router_epochs buffer
+    router_batch blind_shots routing reuse fixed_rank grouping sigma_share lambda_orth tau_alloc
+    buffer_share""".split()
 
 
 def record(stream="one", seed=0, ap=50.0, **facts):
@@ -82,26 +88,27 @@ def test_drift_is_correlated_within_runs_and_averaged_as_fisher_z():
 
 
 @pytest.mark.parametrize("name", sweeps.SWEEPS)
-def test_records_belong_to_their_sweep(name):
-    records, cells = run.read(name), sweeps.cells(name)
-    assert records and set(records) <= set(cells)
+def test_records_are_those_of_commands_that_scripts_understand(name, monkeypatch):
+    """Every command parses, into a folder of its own, and its record has the same settings."""
+    monkeypatch.setattr(data, "text_width", lambda model: 128)
+    records, commands, folders = run.read(name), sweeps.cells(name), set()
+    assert records and set(records) <= set(commands)
     assert len(records) == len((ROOT / "results" / f"{name}.jsonl").read_text().splitlines())
     assert list(records) == sorted(records, key=lambda cell: run.position(name, cell))
-    for entry in records.values():
-        metrics = evaluation.metrics(entry["matrix"])
-        assert math.isfinite(metrics["AP"])
-        for key, value in entry["metrics"].items():
-            assert metrics[key] == pytest.approx(math.nan if value is None else value, nan_ok=True)
-
-
-@pytest.mark.parametrize("name", sweeps.SWEEPS)
-def test_commands_are_understood_by_their_scripts(name):
-    folders = set()
-    for command in sweeps.cells(name).values():
+    for cell, command in commands.items():
         script, *flags = shlex.split(command)
-        args = importlib.import_module(Path(script).stem).parse(flags)
-        folders.add(args.out)
-    assert len(folders) == len(sweeps.cells(name))
+        args = vars(importlib.import_module(Path(script).stem).parse(flags))
+        folders.add(args["out"])
+        if cell not in records:
+            continue
+        was, settings = records[cell]["args"], [*SETTINGS, f"{args.get('method')}_lambda"]
+        settings = {key: args[key] for key in settings if key in args}
+        assert {key: was.get(key) for key in settings} == settings and records[cell]["seconds"] > 0
+        metrics = evaluation.metrics(records[cell]["matrix"])
+        assert math.isfinite(metrics["AP"])
+        for key, value in records[cell]["metrics"].items():
+            assert metrics[key] == pytest.approx(math.nan if value is None else value, nan_ok=True)
+    assert len(folders) == len(commands)
 
 
 def test_every_table_is_printed(capsys, monkeypatch):
@@ -111,33 +118,33 @@ def test_every_table_is_printed(capsys, monkeypatch):
         assert capsys.readouterr().out.count("\n|") > 3
 
 
-def test_a_missing_cell_is_run_and_added_once(tmp_path, monkeypatch):
-    rows = {"zero-shot": "baselines.py --method zeroshot --limit 20 --limit_test 10"}
-    monkeypatch.setitem(sweeps.SWEEPS, "try", sweeps.Sweep(["domains"], [0], rows))
-    monkeypatch.setattr(sweeps, "RUNS", tmp_path / "runs")
+def test_a_missing_cell_is_run_and_added_once(stream_folder, tiny_folder, tmp_path, monkeypatch):
+    command = f"{ROOT / 'baselines.py'} --method zeroshot --model {tiny_folder}"
+    sweep = sweeps.Sweep(["toy"], [0], {"zero-shot": command})
+    monkeypatch.setitem(sweeps.SWEEPS, "try", sweep)
     monkeypatch.setattr(run, "RESULTS", tmp_path)
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
+    Path("toy").symlink_to(stream_folder)
     for _ in range(2):
         run.run_sweep("try")
-        (line,) = (tmp_path / "try.jsonl").read_text().splitlines()
-    (tmp_path / "try.jsonl").unlink()
-    run.run_sweep("try")  # the run is there, and only its record is made again
-    assert (tmp_path / "try.jsonl").read_text() == f"{line}\n"
-    entry = json.loads(line)
+        (line,) = Path("try.jsonl").read_text().splitlines()
+    entry, started = json.loads(line), []
     assert entry["row"] == "zero-shot" and entry["script"] == "baselines" and entry["seconds"] > 0
-    (tmp_path / "try.jsonl").unlink()
-    rows["zero-shot"] += " --lr 1"
-    with pytest.raises(run.InputError, match="exit code 2, see .*zero-shot-domains-0.log"):
-        run.run_sweep("try")  # the run has other settings
+    Path("try.jsonl").unlink()
+    monkeypatch.setattr(run.subprocess, "call", lambda words, **_: started.append(words))
+    run.run_sweep("try")  # the run is there, and only its record is made again
+    assert Path("try.jsonl").read_text() == f"{line}\n" and started[0][-1] == "--resume"
+    Path("try.jsonl").unlink()
+    monkeypatch.setattr(run.subprocess, "call", lambda words, **_: 2)
+    with pytest.raises(run.InputError, match="exit code 2, see .*zero-shot-toy-0.log"):
+        run.run_sweep("try")
 
 
 def test_a_run_whose_experts_are_needed_comes_first_even_if_its_record_is_there(monkeypatch):
     rows = {"oracle": "mllm_cl.py --experts {experts}", "other": "cram.py", "MR-LoRA": "mllm_cl.py"}
     monkeypatch.setitem(sweeps.SWEEPS, "try", sweeps.Sweep(["dcl"], [0], rows))
-    monkeypatch.setattr(
-        run, "read", lambda name: {("MR-LoRA", "dcl", 0): {}, ("other", "dcl", 0): {}}
-    )
-    started = []
+    done, started = {("MR-LoRA", "dcl", 0): {}, ("other", "dcl", 0): {}}, []
+    monkeypatch.setattr(run, "read", lambda name: done)
     monkeypatch.setattr(run, "run_cell", lambda name, cell, command: started.append(cell[0]))
     run.run_sweep("try")
     assert started == ["MR-LoRA", "oracle"]
