@@ -53,9 +53,10 @@ from model import LLaVA, to_device
 PUBLISHED = (1, 2, 3, 4, 5, 6, 7, 8, 16)  # deviations of docs/asr.md that --published takes back
 SKILLS, POSTERIOR = ["parser", "stream", "shared"], ["soft", "hard"]
 PROTOTYPES, SPECTRUM = ["gaussian", "mean", "task", "global"], ["full", "raw", "radial", "angular"]
-ABOUT = """The first choice is the default. Skills (Eq. 5) are guessed from question embeddings, known
-from the data, or told by question words; their posterior is used as it is or one-hot. A prototype
-is mean and variance or the mean of a skill, of a stage (task), or of everything (global). phi holds
+ABOUT = """\
+The first choice is the default. Skills (Eq. 5) are guessed from question embeddings, known from
+the data, or told by question words; their posterior is used as it is or one-hot. A prototype is
+mean and variance or the mean of a skill, of a stage (task), or of everything (global). phi holds
 all numbers, the raw maps without Fourier transform, or one of the two profiles."""
 
 
@@ -551,10 +552,10 @@ def main(args):
     stored = sum(x.numel() for x in [*(memory or {}).values(), *(parser or {}).values()])
     facts = {"trainable_parameters": trained, "stored_parameters": trained + stored}
     run.finish(drift=plot.drift(run.folder), skills=skills if args.beta else [], **facts)
-    plot.asr([run.folder])
+    print("figures:", plot.asr([run.folder]))
 
 
 if __name__ == "__main__":
     with data.input_errors():
         args = parse()
-        plot.asr(args.plot, args.out) if args.plot else main(args)
+        print("figures:", plot.asr(args.plot, args.out)) if args.plot else main(args)

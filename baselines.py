@@ -68,8 +68,6 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.plot:
         return args
-    if args.out is None:
-        args.out = f"runs/{args.method}-{Path(args.stream).resolve().name}-{args.seed}"
     tiny = data.text_width(args.model) < 512
     defaults = {"lwf_lambda": (0.25, 1.0), "olora_lambda": (0.5, 0.05)}
     defaults |= {"hide_temperature": (0.1, 0.03), "hide_sum": (math.inf, 2.0)}
@@ -452,6 +450,8 @@ def test_blind(run, method):
 
 def main(args, kind=None):
     """Train on what the method trains on, test, write the run folder. kind: a class of your own."""
+    args.method = kind.__name__.lower() if kind else args.method
+    args.out = args.out or f"runs/{args.method}-{Path(args.stream).resolve().name}-{args.seed}"
     stream = data.load_stream(args)
     run = Run(args, stream, "baselines")  # its folder: log, matrix, answers, checkpoint, record
     llava = LLaVA(args)  # frozen
@@ -507,10 +507,10 @@ def main(args, kind=None):
     facts = {"blind": test_blind(run, method)} if args.blind else {}
     method.save(run.folder / "lora")
     run.finish(trainable_parameters=trained, stored_parameters=method.stored(), **facts)
-    plot.baselines([run.folder])
+    print("figures:", plot.baselines([run.folder]))
 
 
 if __name__ == "__main__":
     with data.input_errors():
         args = parse()
-        plot.baselines(args.plot, args.out) if args.plot else main(args)
+        print("figures:", plot.baselines(args.plot, args.out)) if args.plot else main(args)

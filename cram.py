@@ -549,10 +549,10 @@ def main(args):
     torch.save({"experts": experts_state(layers), "memory": memory}, run.folder / "experts.pt")
     instructions = [stage.train[0].question.split("\n")[-1] for stage in stream.stages]
     run.finish(**summary(layers, memory, run.facts, args), **costs, instructions=instructions)
-    plot.cram([run.folder])
+    print("figures:", plot.cram([run.folder]))
 
 
 if __name__ == "__main__":
     with data.input_errors():
         args = parse()
-        plot.cram(args.plot, args.out) if args.plot else main(args)
+        print("figures:", plot.cram(args.plot, args.out)) if args.plot else main(args)

@@ -409,10 +409,10 @@ def main(args):
         run.save((t + 1, 0, 0), **team.state())
 
     run.finish(**summary(run, team, lora))
-    plot.mllm_cl([run.folder])
+    print("figures:", plot.mllm_cl([run.folder]))
 
 
 if __name__ == "__main__":
     with data.input_errors():
         args = parse()
-        plot.mllm_cl(args.plot, args.out) if args.plot else main(args)
+        print("figures:", plot.mllm_cl(args.plot, args.out)) if args.plot else main(args)

@@ -27,9 +27,6 @@ def close(a, b):
     torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
-# The quantity
-
-
 @pytest.mark.parametrize("published", [(), asr.PUBLISHED])
 @pytest.mark.parametrize("grid", [(8, 8), (5, 7), (24, 24)])
 def test_spectra_depend_neither_on_a_cyclic_shift_nor_on_scale(published, grid):  # Theorem 2
@@ -68,6 +65,8 @@ def test_angular_bins_cover_half_a_turn_and_leave_out_dc():
     assert angular[inside].equal(angular[mirror[inside]])
     assert not published[inside].equal(published[mirror[inside]])
     close(torch.stack([cos, sin]), torch.stack([cos, sin])[:, mirror])
+    rho, _, radial = asr.bin_table(5, 7)[:3]
+    assert radial.argmax(1).equal((8 * rho).long().clamp(max=7))
     nearly_down = asr.bin_table(24, 24)[3].view(24, 24, 8)[8, [-1, 0, 1]]
     assert nearly_down.argmax(1).tolist() == [0, 0, 0]  # bins are centered on 0, pi / 8, ...
     maps = random_maps(1, 1, 8, 8)
@@ -111,15 +110,12 @@ def test_functional_words(tiny, samples):
     assert words("How many cars are left of it? A. 2 B. 3") == expected
     assert words("Is the dog running to 3 trees?\nUse one word.") == "Is running 3 trees".split()
     assert words("Name the king or the ring of a wing\nUse it.") == "Name of wing".split()
-    assert words("?!") == []
+    assert words("?!") == [] and asr.question_core("why? now") == "why?"
     batch = tiny.batch([replace(samples[1], question="?!"), samples[0]], train=True)
     rows, asked = asr.functional_rows(batch), batch["question_mask"]
     assert rows[0].equal(asked[0])  # no functional word: every word
     ids = batch["input_ids"][1]
     assert tiny.processor.decode(ids[rows[1]]).split() == ["what", "color", "is", "cup"]
-
-
-# The memory
 
 
 def posterior(samples, *flags, t=1, skills=None, **rest):
@@ -192,9 +188,6 @@ def test_variance_floors():
     assert asr.prototype_variance(memory, "mean").eq(memory["var"][:2].mean()).all()
 
 
-# The losses
-
-
 def test_spectral_loss_is_the_formula():
     memory, args = filled_memory(), settings("--lambda_ang", "0.3", "--tau", "2")
     phi, d, pi = torch.randn(4, 10), torch.rand(4, 8), torch.rand(4, 3)
@@ -209,18 +202,19 @@ def test_spectral_loss_is_the_formula():
     close(values["spectral"], total)
     assert values["weight"] < 1
     assert asr.spectral_loss(phi, d, pi, memory, settings("--tau", "inf"))["weight"] == 1
+    no_d, no_KL = (settings(*flags) for flags in (["--spectrum", "radial"], ["--lambda_ang", "0"]))
+    no_d, no_KL = (asr.spectral_loss(phi, d, pi, memory, args) for args in (no_d, no_KL))
+    assert no_d["spectral"] == no_KL["spectral"] < values["spectral"]
 
 
 def test_the_detached_weight_pulls_and_the_published_one_pushes_distant_maps_away():
     memory, pi = filled_memory(known=1), torch.tensor([[1.0, 0.0, 0.0]])
     std = asr.prototype_variance(memory)[0].sqrt()
-    for distance, published_pulls in ((0.5, True), (1.5, False)):  # D2 = 0.25 and 2.25
-        for published, pulls in (([], True), (["--published", "6"], published_pulls)):
-            args = settings("--lambda_ang", "0", *published)
-            phi = (memory["mean"][:1] + distance * std).requires_grad_()
-            asr.spectral_loss(phi, torch.ones(1, 8), pi, memory, args)["spectral"].backward()
-            outward = (phi.grad * std).sum()  # a step against the gradient moves inward if > 0
-            assert (outward > 0) == pulls, (distance, published)
+    for published, pulls in (([], True), (["--published", "6"], False)):
+        args = settings("--lambda_ang", "0", *published)
+        phi = (memory["mean"][:1] + 1.5 * std).requires_grad_()  # D2 = 2.25
+        asr.spectral_loss(phi, torch.ones(1, 8), pi, memory, args)["spectral"].backward()
+        assert ((phi.grad * std).sum() > 0) == pulls  # a step against the gradient moves inward
 
 
 def outcome(*flags):
@@ -246,9 +240,6 @@ def test_every_number_of_published_alone_changes_what_it_should(number):
     ours, theirs = outcome(), outcome("--published", str(number))
     same = {k: a.shape == theirs[k].shape and a.allclose(theirs[k]) for k, a in ours.items()}
     assert [name for name in same if not same[name]] == CHANGES[number].split()
-
-
-# With a LLaVA
 
 
 def adapt(llava):

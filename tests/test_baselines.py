@@ -244,4 +244,5 @@ def test_the_method_of_the_docs_runs(flags, tmp_path):
     lines = evaluation.read_json(tmp_path / "run" / "metrics.jsonl", lines=True)
     penalty = [line.get("l2") for line in lines]
     assert penalty[:3] == [None, None, 0] and penalty[4] == 0 < min(penalty[3], penalty[5])
-    assert (tmp_path / "run" / "summary.json").exists()
+    record = evaluation.read_json(tmp_path / "run" / "summary.json")
+    assert record["args"]["method"] == "l2" and None not in record["matrix"][2]

@@ -50,8 +50,9 @@ def test_a_stage_joins_a_group_or_founds_one():
     assert cram.choose_group(unit(1.0, 0.1), one) == 0  # cosine 0.99
     assert cram.choose_group(unit(0.3, 1.0), one) == 1  # cosine 0.15
     assert cram.choose_group(unit(1.0, 0.2), two) == 0  # far ahead of the second
-    assert cram.choose_group(unit(1.0, 0.95), two) == 2  # 0.05 ahead: undecided, a new group
-    assert cram.choose_group(unit(1.0, 0.95), two, most=2) == 0
+    near = torch.stack([unit(1.0, 0.1), unit(1.0, 0, 0.2)])
+    assert cram.choose_group(unit(1.0), near) == 2  # 0.99 and 0.98: undecided, a new group
+    assert cram.choose_group(unit(1.0), near, most=2) == 0
     assert cram.choose_group(unit(0.5, 0.1, 1.0), two) == 2  # 0.45 and 0.09: similar to neither
     memory, (e, f) = {}, torch.eye(8)[:2]
     for u, q in ((e, 1.0), (f, 2.0), (e + 0.1 * f, 3.0)):
@@ -96,6 +97,10 @@ def test_an_answer_does_not_depend_on_its_batch(tiny, samples):
     memory = {"group": torch.tensor([0, 0, 1]), "count": torch.ones(2)}
     u, q = cram.llava_features(tiny, tiny.batch(samples[:5], train=True))
     memory |= {"prototype": u[:2].clone(), "centroid": q[[0, 1, 3]]}
+    table = tiny.model.get_input_embeddings().weight
+    ids = tiny.processor.tokenizer(samples[1].question, add_special_tokens=False)["input_ids"]
+    torch.testing.assert_close(u[1], table[ids].mean(0) - table.mean(0))
+    torch.testing.assert_close(q[1], tiny.features([samples[1].image])[0].mean(0))
 
     look = partial(cram.llava_features, tiny)
     answer = partial(cram.answer, tiny, args_with(), [], memory, routing, look)
@@ -218,11 +223,12 @@ def test_the_penalty_is_the_formula_and_pulls_at_the_new_pair_alone(tiny, sample
         wanted.append((gamma[[2, 1, 0]] * z.square().sum(1)).mean())
     torch.testing.assert_close(loss, torch.stack(wanted).mean(), rtol=1e-4, atol=1e-6)
     assert cram.shared_energy(layers[0]) == pytest.approx(1)
+    new = [p for layer in layers for p in (layer.new_A, layer.new_B)]
+    formula = torch.autograd.grad(torch.stack(wanted).mean(), new)
     loss.backward()
-    new = {id(p) for layer in layers for p in (layer.new_A, layer.new_B)}
+    torch.testing.assert_close([p.grad for p in new], [*formula], rtol=1e-3, atol=1e-6)
     pulled = {id(p) for p in tiny.model.parameters() if p.grad is not None}
-    assert pulled == new and layers[0].new_A.grad.abs().max() > 1e-3 and loss > 1e-3
-    assert not any(layer.A.requires_grad or layer.B.requires_grad for layer in layers)
+    assert pulled == set(map(id, new)) and min(g.abs().max() for g in formula) > 1e-3
     routing.buffer = True  # while the buffer is trained there is no penalty
     assert penalty(lambda layer: layer.B[:, 2:5]) == 0
 
@@ -341,12 +347,8 @@ def test_bad_input(tmp_path):
         ("--routing uniform --no-reuse", "none is the largest"),
         ("--targets q,projector", "projector stays frozen"),
         ("--rank 3", "--rank 3 must lie between 4 and 48"),
-        ("--rank 49", "--rank 49 must lie between 4 and 48"),
     ):
         with pytest.raises(data.InputError, match=sentence):
-            cram.parse(wrong.split())
-    for wrong in ("--tau_alloc -1", "--sigma_share 0", "--buffer_share 1", "--published 6"):
-        with pytest.raises(SystemExit):
             cram.parse(wrong.split())
     with pytest.raises(data.InputError, match="no CLIP model"):
         cram.ClipFeatures(str(tmp_path), "cpu")

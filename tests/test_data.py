@@ -49,21 +49,20 @@ def categories(one, two):
 def vqa(tmp_path):
     """Stages color and count of VQACL's release; images 1 (a plant, G1) and 2 (a cow, G2)."""
     root = tmp_path / "vqa_data"
-    golds = {"train2014": [], "val2014": []}
     answers = [{"answer": a} for a in ["red"] * 7 + ["dark red"] * 3]
     for split, home in (("train", "train2014"), ("test", "val2014")):
+        golds = []
         for s, stage in enumerate(STAGES):
             records = []
-            for image in (1, 2):
+            for image, ending in ((1, "jpg"), (2, "png")):
                 img_id = f"COCO_{home}_{image:012d}"
-                picture(root / "COCO" / home / f"{img_id}.{'jpg' if image == 1 else 'png'}")
-                number = image * 1000 + s + 500 * (split == "test")
-                record = {"img_id": img_id, "question_id": number, "sent": f"What {stage} is it?"}
-                records.append(record | {"label": {"red": 1, "dark red": 0.3}})
-                golds[home].append({"question_id": number, "answers": answers})
+                picture(root / "COCO" / home / f"{img_id}.{ending}")
+                about = {"question_id": image * 1000 + s + 500 * (split == "test")}
+                label = {"label": {"red": 1, "dark red": 0.3}}
+                records.append(about | label | {"img_id": img_id, "sent": f"What {stage} is it?"})
+                golds.append(about | {"answers": answers})
             write(root / "vqa" / "Partition_Q" / f"karpathy_{split}_q_{stage}.json", records)
-    for home, rows in golds.items():
-        write(root / "vqa" / f"v2_mscoco_{home}_annotations.json", {"annotations": rows})
+        write(root / "vqa" / f"v2_mscoco_{home}_annotations.json", {"annotations": golds})
     write(root / "ImgId_cate_map.json", categories(POTTED_PLANT, COW))
     write(root / "stream.json", {"stages": STAGES})
     return root
@@ -80,12 +79,13 @@ def talk(question, answer, *further):
 
 
 def llava_records(stage: str):
+    """The training and test records of a stage: two questions about images 0 and 1."""
     train, test = [], []
     for k in (0, 1):
-        record = {"id": f"{stage}-{k}", "image": f"images/{k}.png"}
-        train.append(record | {"conversations": talk(f"<image>\nWhat is {k}?", "A cat")})
-        record = {"question_id": f"t-{k}", "image": f"images/{k}.png"}
-        test.append(record | {"text": f"What is {k}?", "answer": "A cat"})
+        image, question = {"image": f"images/{k}.png"}, f"What is {k}?"
+        turns = talk(f"<image>\n{question}", "A cat")
+        train.append(image | {"id": f"{stage}-{k}", "conversations": turns})
+        test.append(image | {"question_id": f"t-{k}", "text": question, "answer": "A cat"})
     return train, test
 
 
@@ -103,14 +103,12 @@ def llava(tmp_path):
 
 
 @pytest.fixture
-def llama(tiny_folder):
-    """LLaVA-1.5's kind: <s> in front, "USER: ... ASSISTANT:"."""
+def llama(tiny_folder):  # <s> in front, "USER: ... ASSISTANT:", as in LLaVA-1.5
     return AutoProcessor.from_pretrained(tiny_folder)
 
 
 @pytest.fixture
-def qwen(tiny_siglip_qwen_folder):
-    """No mark in front, ChatML."""
+def qwen(tiny_siglip_qwen_folder):  # no mark in front, ChatML
     return AutoProcessor.from_pretrained(tiny_siglip_qwen_folder)
 
 
@@ -120,7 +118,6 @@ def model_folder(tmp_path):
 
     def make(width=128, **config):
         folder = tmp_path / f"model{width}"
-        folder.mkdir()
         config = {"model_type": "llava", "text_config": {"hidden_size": width}} | config
         write(folder / "config.json", config)
         write(folder / "model.safetensors", "")
@@ -142,25 +139,20 @@ def test_vqa_layout(vqa):
     assert [stage.name for stage in stream.stages] == STAGES and stream.novel is None
     first, train = stream.stages[0].test[0], stream.stages[0].train
     assert first.question == f"What color is it?\n{benchmarks.SHORT}"
-    assert first.suffix == benchmarks.SHORT
     assert first.answers == ("red",) * 7 + ("dark red",) * 3 and first.answer == "red"
     assert first.image.is_absolute() and first.image.suffix == ".jpg"
     assert (first.id, first.skill, first.stage, first.group) == ("1500", "color", "color", "G1")
     assert [s.group for s in train] == ["G1", "G2"] and stream.stages[0].metric == "vqa"
-    assert {s.answer for s in train} <= {"red", "dark red"}
     assert sorted(map(tuple, stream.stages[0].blocks)) == [(0,), (1,)]
     assert stream.published["color"] == (50872, 2192)
     assert load("--stream", "vqav2", "--data", vqa).stages[0].blocks is None
 
 
-def test_training_answer_follows_the_scores_and_not_the_seed(vqa):
+def test_training_answer_follows_the_scores_and_not_the_seed(vqa, capsys):
     copies(vqa, 2000)
     words = ("--stream", "vqav2", "--data", vqa, "--seed")
     first, second = ([s.answer for s in load(*words, k).stages[0].train] for k in (0, 1))
     assert first == second and abs(Counter(first)["red"] / 2000 - 1 / 1.3) < 0.03
-
-
-def test_question_without_label_is_left_out_and_reported(vqa, capsys):
     records = json.loads((vqa / COLOR_TRAIN).read_text())
     write(vqa / COLOR_TRAIN, [records[0] | {"label": {}}, records[1]])
     assert len(load("--stream", "vqav2", "--data", vqa).stages[0].train) == 1
@@ -212,35 +204,62 @@ def test_stream_json_optional_fields_and_links(llava, tmp_path):
 
 def test_suffixes_of_dcl(tmp_path):
     for stage, question in (("Med", "what?"), ("Fin", "is it?"), ("RS", "A. x B. y?")):
-        turns = talk("1 + 1?", "2")
-        write(tmp_path / "domain" / stage / "train.json", [{"conversations": turns}])
-        test = {"question_id": 0, "text": question, "answer": "2"}
-        write(tmp_path / "domain" / stage / "test.json", [test])
+        home, turns = tmp_path / "domain" / stage, talk("1 + 1?", "2")
+        write(home / "train.json", [{"conversations": turns}])
+        write(home / "test.json", [{"question_id": 0, "text": question, "answer": "2"}])
     stages = load("--stream", "dcl", "--data", tmp_path, "--order", "Med,Fin,RS").stages
+    assert [stage.metric for stage in stages] == ["gold-in", "fin", "word-in"]
     med, fin, rs = (stage.test[0] for stage in stages)
     assert med.question == "what? Answer the question with a single word (or phrase)."
     assert fin.question == f"is it? {fin.suffix}" and fin.suffix.startswith("Only answer with yes")
     assert (rs.question, rs.suffix) == ("A. x B. y?", "")
     assert "given letter" in benchmarks.dcl_suffix("Fin", "A. up B. down?")
-    assert [stage.metric for stage in stages] == ["gold-in", "fin", "word-in"]
+
+
+def test_released_folders_of_coin_and_ucit(tmp_path, capsys):
+    box, signs = {"answer_bbox": "[0.1, 0.2, 0.3, 0.4]"}, {"answer": ["stop", "stop sign"]}
+    home = tmp_path / "playground" / "Instructions_Original"
+    picture(tmp_path / "cl_dataset" / "COCO2014" / "1.png")
+    picture(tmp_path / "datasets" / "1.png")
+
+    def files(folder, image, names, gold):
+        train = {"question_id": "1", "image": image, "conversations": talk("<image>\nwhere?", "a")}
+        write(folder / f"{names[0]}.json", [train])
+        test = {"question_id": 7, "image": image, "text": "where?", "size": [4, 4]}
+        write(folder / f"{names[1]}.json", [test | gold])
+
+    files(home / "Grounding", "./COCO2014/1.png", ("train", "test"), box)
+    files(home / "TextVQA", "./COCO2014/1.png", ("train", "val"), signs)
+    words = ["--stream", "coin", "--data", tmp_path, "--order", "Grounding,TextVQA"]
+    first, second = load(*words).stages
+    assert (first.metric, second.metric) == ("iou", "textvqa")
+    assert first.test[0].answers == ("[0.1, 0.2, 0.3, 0.4]",)
+    assert second.test[0].answers == ("stop", "stop sign")
+    assert first.train[0].image == tmp_path / "cl_dataset" / "COCO2014" / "1.png"
+
+    home = tmp_path / "instructions" / "Flickr30k"
+    files(home, "1.png", ("train_brief_4w", "test_3000"), {"answer": "a cat"})
+    words = ["--stream", "ucit", "--data", tmp_path, "--order", "Flickr30k"]
+    assert load(*words).stages[0].test[0].answers == ("a cat",)
+    assert "val_coco_type_3000.json is missing: captions" in capsys.readouterr().out
+    captions = [{"image_id": 1, "caption": text} for text in ("two cats", "one cat ", "one cat")]
+    write(home / "val_coco_type_3000.json", {"annotations": captions})
+    assert load(*words).stages[0].test[0].answers == ("two cats", "one cat", "one cat")
 
 
 # Object groups, orders, limits, the long tail
 
 
-def test_paper_groups_partition_the_80_classes():
+def test_both_readings_of_the_object_groups():
     group, ids = benchmarks.object_group, benchmarks.COCO_IDS
     assert len(ids) == 80 and Counter(map(group, ids)) == dict.fromkeys(data.GROUPS, 16)
     # potted plant, car: G1; cow: G2; person, toothbrush: G3; couch: G4; truck: G5
     expected = {64: "G1", 3: "G1", 21: "G2", 1: "G3", 90: "G3", 63: "G4", 8: "G5"}
     assert {category: group(category) for category in expected} == expected
-
-
-def test_released_groups_compare_raw_ids():
-    groups = {k: benchmarks.object_group(k, "released") for k in range(1, 91)}
-    assert not any(groups[category] for category in range(80, 91))
-    assert (groups[1], groups[64], groups[21], groups[23]) == ("G1", "G1", "G5", "G2")
-    used = Counter(groups[category] for category in benchmarks.COCO_IDS)
+    released = {k: group(k, "released") for k in range(1, 91)}  # compares raw ids
+    assert not any(released[category] for category in range(80, 91))
+    assert (released[1], released[64], released[21], released[23]) == ("G1", "G1", "G5", "G2")
+    used = Counter(released[category] for category in ids)
     assert used == {"G1": 16, "G2": 15, "G3": 13, "G4": 12, "G5": 14, "": 10}
 
 
@@ -339,23 +358,17 @@ def test_schedule_rises_once_then_falls_to_zero():
 # Prompt, tokens, loss mask
 
 
-def test_prompt_of_llava_15(llama):
+def test_prompts_of_llava_15_and_chatml(llama, qwen):
     text, (start, end), answer = data.build_prompt(llama, "What color is it?", "red")
     assert text == "USER: <image>\nWhat color is it? ASSISTANT: red</s>"
     assert text[start:end] == "What color is it?" and text[answer:] == " red</s>"
     assert data.build_prompt(llama, "What color is it?")[0] == text[:answer]
     text, span, _ = data.build_prompt(llama, "USER", "ASSISTANT", image=False)
     assert text == "USER: USER ASSISTANT: ASSISTANT</s>" and span == (6, 10)
-
-
-def test_prompt_of_chatml(qwen, tiny_siglip_qwen_folder):
     text, (start, end), answer = data.build_prompt(qwen, "user", "red")
     head = "<|im_start|>user\n<image>\nuser<|im_end|>\n<|im_start|>assistant\n"
     assert text == head + "red<|im_end|>" and text[:answer] == head
     assert text[start - 8 : end] == "<image>\nuser"
-    other = AutoProcessor.from_pretrained(tiny_siglip_qwen_folder)
-    other.tokenizer.eos_token = "<|endoftext|>"
-    assert data.build_prompt(other, "q", "red")[0].endswith("red<|im_end|><|endoftext|>")
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen"])
@@ -370,12 +383,13 @@ def test_loss_mask(kind, request):
     for b, s in enumerate(samples):
         length, size = int(batch["attention_mask"][b].sum()), batch["input_ids"].shape[1]
         assert batch["attention_mask"][b].tolist() == [1] * length + [0] * (size - length)
-        ids, labels = batch["input_ids"][b, :length], batch["labels"][b, :length]
+        ids, labels = batch["input_ids"][b, :length], batch["labels"][b]
         n = int((labels != -100).sum())
-        assert (labels[-n:] == ids[-n:]).all() and (labels[:-n] == -100).all()
-        assert (batch["labels"][b, length:] == -100).all()
-        assert labels[-1] == tokenizer.eos_token_id
-        assert tokenizer.decode(labels[-n:], skip_special_tokens=True).strip() == s.answer
+        assert labels.tolist() == [-100] * (length - n) + ids[-n:].tolist() + [-100] * (
+            size - length
+        )
+        assert ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(ids[-n:], skip_special_tokens=True).strip() == s.answer
         # generation sees exactly what stands before the loss, padded left
         left = prompts["attention_mask"][b]
         assert left.tolist() == sorted(left.tolist())
@@ -389,18 +403,14 @@ def test_loss_mask(kind, request):
             offsets = rows["question_offsets"][b]
             assert [i for i, _, _ in offsets] == rows["question_mask"][b].nonzero()[:, 0].tolist()
             covered = {c for _, x, y in offsets for c in range(x, y)}
-            blanks = {k for k, c in enumerate(question) if c == " "}
-            assert covered | blanks == set(range(len(question)))
+            assert covered >= {k for k, c in enumerate(question) if c != " "}
 
 
-def test_lone_blank_before_a_digit_is_in_the_loss(llama):
-    batch = data.Collator(llama, 4)([sample(answer="3")], train=True)
-    target = batch["labels"][0][batch["labels"][0] != -100].tolist()
-    assert llama.tokenizer.convert_ids_to_tokens(target) == ["Ġ", "3", "</s>"]
-
-
-def test_image_tokens_are_counted(llama):
+def test_answer_and_image_tokens_are_counted(llama):
     collate = data.Collator(llama, 4)
+    target = collate([sample(answer="3")], train=True)["labels"][0]
+    tokens = llama.tokenizer.convert_ids_to_tokens(target[target != -100].tolist())
+    assert tokens == ["Ġ", "3", "</s>"]  # a lone blank before a digit is in the loss
     with pytest.raises(InputError, match="must not contain <image>"):
         collate([sample("two <image> marks")], train=True)
     collate.image_id = -1  # a tokenizer that does not know the mark
@@ -416,16 +426,14 @@ def test_chat_template_is_needed(llama):
 
 
 def test_images(tmp_path):
-    Image.new("L", (4, 2), 255).save(tmp_path / "gray.png")
-    image = data.load_image(tmp_path / "gray.png")
-    square = data.pad_square(image, (1, 2, 3))
-    assert image.mode == "RGB" and square.size == (4, 4) and square.getpixel((0, 0)) == (1, 2, 3)
-    assert [square.getpixel((0, y))[0] for y in range(4)] == [1, 255, 255, 1]
-    path = tmp_path / "broken.png"
+    path = tmp_path / "gray.png"
+    Image.new("L", (4, 2), 255).save(path)
+    square = data.pad_square(data.load_image(path), (1, 2, 3))
+    assert [square.getpixel((0, y)) for y in (0, 1, 3)] == [(1, 2, 3), (255,) * 3, (1, 2, 3)]
     Image.effect_noise((64, 64), 50).save(path)
     for content in (b"", b"no image", path.read_bytes()[:1000]):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="broken.png is corrupt or truncated"):
+        with pytest.raises(InputError, match="gray.png is corrupt or truncated"):
             data.load_image(path)
 
 
@@ -461,16 +469,11 @@ LLAVA_FAULTS = [
     (replace(TRAIN, '[{"id": 1,\n"x"]'), r"train.json is corrupt or truncated: .*line 2 column 4"),
     (lambda r: (r / TEST).write_bytes(b"\xff\xfe\x00["), "test.json is corrupt or truncated"),
     (edit(TEST, image="/etc/passwd"), "image path '/etc/passwd' leaves the data folder"),
-    (edit(TEST, image=""), "record 2: the image path must be text, not ''"),
     (edit(TEST, text="<image>\n"), "record 2: the question must be text"),
-    (edit(TEST, text=["what"]), "the question must be text"),
     (edit(TEST, text="<image> or <image>?"), "2 <image> marks"),
     (edit(TEST, question_id=""), "record 2: the question_id must be text"),
     (edit(TEST, answer=None), "test.json, record 2: the answer must be text"),
-    (edit(TRAIN, conversations=talk("What?", " ")), "record 2: the answer must be text"),
     (edit(TRAIN, conversations=talk("a", "b", {"from": "human"})), "one human turn and one gpt"),
-    (replace("stream.json", "{"), "stream.json is corrupt or truncated"),
-    (replace("stream.json", {"stages": ["x"]}), "missing file .*x/train.json"),
     (replace("stream.json", {"stages": ["../x"]}), "plain folder names"),
     (replace("stream.json", {"stages": []}), "has no stages"),
     (replace("stream.json", {"suffix": 3}), "suffix must be a value like"),
@@ -478,34 +481,28 @@ LLAVA_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("fault, message", LLAVA_FAULTS)
-def test_faulty_llava_files(llava, fault, message):
-    fault(llava)
-    with pytest.raises(InputError, match=message):
-        load("--stream", llava)
-
-
 VQA_FAULTS = [
     (remove(VAL_GOLDS), "missing file .*v2_mscoco_val2014_annotations"),
     (replace(VAL_GOLDS, {"annotations": [{}]}), "no VQA annotation file"),
     (replace(VAL_GOLDS, {"annotations": []}), "stage color has no test data"),
     (edit("vqa/Partition_Q/karpathy_test_q_color.json", question_id=3), "question 3 has no answer"),
-    (remove("ImgId_cate_map.json"), "missing file .*ImgId_cate_map"),
     (replace("ImgId_cate_map.json", categories(12, 1)), "1 maps to 12, no COCO id"),
     (replace("ImgId_cate_map.json", {}), "lacks training or test data in any object group"),
     (remove("COCO/val2014/COCO_val2014_000000000001.jpg"), "missing image"),
     (edit(COLOR_TRAIN, img_id="../../secret"), "'../../secret' is no COCO 2014 image id"),
-    (edit(COLOR_TRAIN, sent=""), "karpathy_train_q_color.json, record 2: the question must be"),
-    (edit(COLOR_TRAIN, label={"": 1}), "record 2: the answer must be text"),
     (edit(COLOR_TRAIN, label="red"), "label must map answers to scores"),
 ]
 
 
-@pytest.mark.parametrize("fault, message", VQA_FAULTS)
-def test_faulty_vqa_files(vqa, fault, message):
-    fault(vqa)
+FAULTS = [("llava", *row) for row in LLAVA_FAULTS] + [("vqa", *row) for row in VQA_FAULTS]
+
+
+@pytest.mark.parametrize("layout, fault, message", FAULTS)
+def test_faulty_files(layout, fault, message, request):
+    root = request.getfixturevalue(layout)
+    fault(root)
     with pytest.raises(InputError, match=message):
-        load("--stream", "vqacl", "--data", vqa)
+        load("--stream", *([root] if layout == "llava" else ["vqacl", "--data", root]))
 
 
 def test_faulty_arguments(vqa, llava, tmp_path):
@@ -524,42 +521,41 @@ def test_faulty_arguments(vqa, llava, tmp_path):
 
 
 def test_defaults_follow_stream_and_model(model_folder, capsys):
+    def defaults(*words):
+        return data.resolve_defaults(parse(*words))
+
     tiny, large = model_folder(128), model_folder(4096, text_config={"model_type": "llama"})
-    args = data.resolve_defaults(parse("--stream", "vqacl", "--model", large))
+    args = defaults("--stream", "vqacl", "--model", large)
     chosen = (args.lr, args.epochs, args.batch_size, args.rank, args.alpha, args.dropout)
     assert chosen == (1e-4, 3, 80, 16, 32, 0.05) and args.targets == "q,v,projector"
     assert args.object_groups == "paper" and args.imbalance is None and args.hold_out is None
     assert "lr 0.0001, warm_up 0.1, epochs 3, batch_size 80" in capsys.readouterr().out
-    args = data.resolve_defaults(parse("--stream", "vqav2", "--model", large, "--batch_size", 4))
+    args = defaults("--stream", "vqav2", "--model", large, "--batch_size", 4)
     assert (args.lr, args.epochs, args.batch_size, args.object_groups) == (2e-4, 1, 4, None)
-    for stream in data.STREAMS:
-        args = data.resolve_defaults(parse("--stream", stream, "--model", tiny))
+    for stream in [*data.STREAMS, "my/folder"]:
+        args = defaults("--stream", stream, "--model", tiny)
         assert (args.imbalance == 10.0) == (stream == "clt-vqa")
-    args = data.resolve_defaults(parse("--stream", "my/folder", "--model", tiny))
     assert args.lr == data.TINY["lr"] and args.targets == "q,v,gate,up,down"
 
 
 def test_faulty_models(model_folder, tmp_path):
-    folder = model_folder(model_type="llama")
-    with pytest.raises(InputError, match="is no LLaVA: its model_type is 'llama'"):
-        data.text_width(str(folder))
-    (folder / "config.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be read: .*config.json"):
-        data.text_width(str(folder))
     (model_folder(64) / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="holds no .safetensors weights"):
-        data.text_width(str(tmp_path / "model64"))
-    with pytest.raises(InputError, match="does not exist"):
-        data.text_width(str(tmp_path / "none"))
-    with pytest.raises(InputError, match="model nobody/no-llava cannot be read"):
-        data.text_width("nobody/no-llava")  # offline here
+    model_folder(32, model_type="llama")
+    (model_folder(16) / "config.json").write_text("{")
+    for folder, message in (
+        ("model64", "holds no .safetensors weights"),
+        ("model32", "is no LLaVA: its model_type is 'llama'"),
+        ("model16", "cannot be read: .*config.json"),
+        ("none", "does not exist"),
+        ("nobody/no-llava", "model nobody/no-llava cannot be read"),  # offline here
+    ):
+        with pytest.raises(InputError, match=message):
+            data.text_width(folder if "/" in folder else str(tmp_path / folder))
 
 
 def test_values_that_argparse_rejects(capsys):
-    bad = [
-        f"--{key} {value}" for key in ("lr", "alpha") for value in ("0", "-1", "nan", "inf", "x")
-    ]
-    bad += [f"--{key} {value}" for key in ("epochs", "rank", "limit") for value in ("0", "1.5")]
+    bad = [f"--{key} {x}" for key in ("lr", "alpha") for x in ("0", "-1", "nan", "inf", "x")]
+    bad += [f"--{key} {x}" for key in ("epochs", "rank", "limit") for x in ("0", "1.5")]
     bad += ["--dropout 1", "--warm_up -0.1", "--imbalance 0.5", "--threads -1", "--epoch 3"]
     for words in bad:
         with pytest.raises(SystemExit) as stop:
@@ -568,21 +564,19 @@ def test_values_that_argparse_rejects(capsys):
     assert data.weight("0") == data.fraction("0") == 0 and data.positive("1e-3") == 1e-3
 
 
-BAD_FLAGS = [
-    ("--device gpu", "--device 'gpu'"),
-    ("--targets q,x", "--targets has 'x'"),
-    ("--targets q,", "--targets has ''"),
-    ("--batch_size 10 --accumulate 4", "--batch_size 10 must be a multiple of --accumulate 4"),
-    ("--stream domains --imbalance 5", "--imbalance belongs to --stream clt-vqa"),
-    ("--stream domains --hold_out G1", "--hold_out belongs to --stream vqacl"),
-    ("--stream domains --object_groups released", "--object_groups belongs to --stream vqacl"),
-]
-
-
-@pytest.mark.parametrize("words, message", BAD_FLAGS)
-def test_flags_that_do_not_fit_each_other(words, message, model_folder):
-    with pytest.raises(InputError, match=message):
-        data.resolve_defaults(parse("--model", model_folder(), *words.split()))
+def test_flags_that_do_not_fit_each_other(model_folder):
+    folder = model_folder()
+    for words, message in [
+        ("--device gpu", "--device 'gpu'"),
+        ("--targets q,x", "--targets has 'x'"),
+        ("--targets q,", "--targets has ''"),
+        ("--batch_size 10 --accumulate 4", "--batch_size 10 must be a multiple of --accumulate 4"),
+        ("--imbalance 5", "--imbalance belongs to --stream clt-vqa"),
+        ("--hold_out G1", "--hold_out belongs to --stream vqacl"),
+        ("--object_groups released", "--object_groups belongs to --stream vqacl"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            data.resolve_defaults(parse("--model", folder, "--stream", "domains", *words.split()))
 
 
 def test_torchrun(model_folder, monkeypatch):
@@ -592,21 +586,6 @@ def test_torchrun(model_folder, monkeypatch):
     for wrong in ("--accumulate 1", "--accumulate 2 --device cuda:1"):
         with pytest.raises(InputError, match=wrong.split()[-2]):
             data.resolve_defaults(parse(*words, *wrong.split()))
-
-
-def test_help_is_short(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        parse("--help")
-    text = capsys.readouterr().out
-    assert len(text.splitlines()) < 70
-    assert all(f"--{key} " in text for key in vars(parse()))
-
-
-def test_input_errors(capsys):
-    with pytest.raises(SystemExit) as stop, data.input_errors():
-        raise InputError("no such file")
-    assert stop.value.code == 2 and capsys.readouterr().err == "error: no such file\n"
 
 
 # Mini streams, and the check: python data.py

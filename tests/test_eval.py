@@ -1,6 +1,5 @@
-"""Scorers, evaluation, metrics, tables and command line of eval.py. Nothing here needs a model."""
+"""Scorers, evaluation, metrics, tables, command line: scorers.py and eval.py without a model."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,132 +11,106 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 import data
 import eval as ev
+import scorers
 from data import InputError
+from scorers import score, vqa_accuracy
 
 EXAMPLE = [[80, np.nan, np.nan], [85, 71, np.nan], [65, 74, 89]]  # the one in eval.py's docstring
 STAGES = ["color", "count", "place"]
 
 
-# --------------------------------------------------------------------------------------------------
-# Scorers
-# --------------------------------------------------------------------------------------------------
+# ---- Scorers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "normal"),
-    [
-        ("two", "2"),
-        ("Ten dogs.", "10 dogs"),
-        ("dont", "don't"),
-        ("couldntve", "couldntve"),  # both apostrophes missing: not in the official list
-        ("couldnt've", "couldn't've"),
-        ("its lets were ill", "its lets were ill"),  # words without an apostrophe, too
-        ("somebody'd", "somebodyd"),  # official oddity
-        ("1,000", "1000"),
-        ("1,000 red/blue", "1000 redblue"),  # official oddity: the number removes every mark
-        ("red/blue", "red blue"),
-        ("yes, it is", "yes it is"),
-        ("(left)", "left"),
-        ("a the an", ""),
-        ("The cat on an apple", "cat on apple"),
-        ("2.5", "2.5"),
-        ("U.S.A.", "usa"),
-        (" black\n\twhite ", "black white"),
-    ],
-)
-def test_official_vqa_normalization(text, normal):
-    assert ev.normalize_vqa(text) == normal
+def test_official_vqa_normalization():
+    forms = {"two": "2", "Ten dogs.": "10 dogs", "2.5": "2.5", "U.S.A.": "usa", "(left)": "left"}
+    forms |= {"dont": "don't", "couldnt've": "couldn't've", "a the an": "", "1,000": "1000"}
+    forms |= {"red/blue": "red blue", "yes, it is": "yes it is", " black\n\twhite ": "black white"}
+    forms |= {"The cat on an apple": "cat on apple"}
+    # the official list: words without an apostrophe, both apostrophes missing, the wrong way round
+    forms |= {"its lets were ill": "its lets were ill", "couldntve": "couldntve"}
+    forms |= {"somebody'd": "somebodyd", "1,000 red/blue": "1000 redblue"}
+    assert {text: scorers.normalize_vqa(text) for text in forms} == forms
 
 
-@pytest.mark.parametrize(("matches", "expected"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1)])
-def test_soft_accuracy_over_ten_annotators(matches, expected):
+def test_soft_accuracy_over_ten_annotators():
     # 2 matches: two annotators leave 1 other match (1/3), eight leave 2 (2/3): (2/3 + 16/3) / 10
-    answers = ["red"] * matches + [f"other {k}" for k in range(10 - matches)]
-    assert ev.vqa_accuracy("Red.", answers) == pytest.approx(expected)
+    for matches, expected in enumerate((0, 0.3, 0.6, 0.9, 1)):
+        answers = ["red"] * matches + [f"other {k}" for k in range(10 - matches)]
+        assert vqa_accuracy("Red.", answers) == pytest.approx(expected)
+    assert vqa_accuracy("red blue", ["red/blue"] * 9 + ["red"]) == 1
+    assert vqa_accuracy("red/blue", ["red/blue"] * 10) == 0  # unanimous: the gold stays as it is
+    assert vqa_accuracy("two", ["two"] * 10) == 0  # the prediction became "2"
+    assert vqa_accuracy("two", ["2"] * 10) == 1
+    assert vqa_accuracy("a cat", ["a cat"] * 5 + ["cat"] * 5) == 1  # by the five without article
+    assert vqa_accuracy("Two dogs.", ["the 2 dogs"]) == 1  # a single gold answer: equality
+    assert vqa_accuracy("2 dog", ["2 dogs"]) == 0
+    assert score("textvqa", "2", ["two"] * 4 + ["three"]) == 1  # gold answers are normalized too
+    assert score("textvqa", "stop", ["The stop!", "stop", "go"]) == pytest.approx(4 / 9)
 
 
-def test_gold_answers_are_stripped_only_where_annotators_disagree():
-    assert ev.vqa_accuracy("red blue", ["red/blue"] * 9 + ["red"]) == 1
-    assert ev.vqa_accuracy("red/blue", ["red/blue"] * 10) == 0  # unanimous: the gold stays as it is
-    assert ev.vqa_accuracy("two", ["two"] * 10) == 0  # the prediction became "2"
-    assert ev.vqa_accuracy("two", ["2"] * 10) == 1
-    assert ev.vqa_accuracy("a cat", ["a cat"] * 5 + ["cat"] * 5) == 1  # by the five without article
-    assert ev.vqa_accuracy("Two dogs.", ["the 2 dogs"]) == 1  # a single gold answer: equality
-    assert ev.vqa_accuracy("2 dog", ["2 dogs"]) == 0
+HALF = "[0.00, 0.00, 0.50, 0.50]"
+RIGHT_AND_WRONG = {  # metric: {text: gold} that count 1, and that count 0
+    "exact": ({" Red. ": "red"}, {"2.5": "25", "two": "2"}),
+    "same": ({" star": "Star"}, {"star.": "star"}),
+    "vqa": ({"two": "2"}, {"2 dog": "2 dogs"}),
+    # the reference reads "B", "B. ..." and words of one letter
+    "letter": (
+        {"B": "B", "b. star": "B", "The answer is C .": "C"},
+        {"Because": "B", "B)": "B", "": "A"},
+    ),
+    "option": (
+        {"(B)": "B", "I think the answer is B.": "B", "A button that opens: C": "C", "A. a": "A"},
+        {"A button": "A", "": "A"},
+    ),
+    "contains": ({"a tabby cat": "cat", "cat": "tabby cat"}, {"": "cat"}),
+    "iou": (
+        {"[0.10, 0.10, 0.50, 0.50]": "[0.10, 0.10, 0.50, 0.40]", HALF: HALF},
+        # the second IoU is just 0.5
+        {"[0.0, 0.0, 0.2, 0.98]": "[0.0, 0.5, 0.2, 0.98]", HALF: "[0.00, 0.00, 0.50, 1.00]"},
+    ),
+    # a text of one word may contain the answer anywhere
+    "word-in": (
+        {"a forest.": "Forest.", "deforested": "forest", "it is a red light now": "red light"},
+        {"deforested land": "forest"},
+    ),
+    "gold-in": ({"a nodule": "No"}, {"yes": "No"}),
+    "fin": ({" A. ": "a"}, {"a b": "a b"}),  # spaces vanish from the text only
+    "count": ({"There are 1 2.": "12"}, {"two": "2"}),
+    "math": (
+        {"The answer is B": "B", "from 2021-2022": "2022", "it is -1,000.": "-1000", "x+1": "X+1"},
+        {"3 of 4": "3", "x+2": "X+1"},
+    ),
+    "caption": ({"a red cat": "a red cat"}, {"dog": "a red cat"}),
+}
 
 
-@pytest.mark.parametrize(
-    ("metric", "text", "answers", "wanted"),
-    [
-        ("exact", " Red. ", ["red"], 1),
-        ("exact", "red", ["blue", "Red"], 1),
-        ("exact", "2.5", ["25"], 0),
-        ("exact", "two", ["2"], 0),
-        ("same", " star", ["Star"], 1),
-        ("same", "star.", ["star"], 0),
-        ("vqa", "two", ["2"], 1),
-        ("vqa", "2", ["two"] * 4 + ["three"], 0),
-        ("textvqa", "2", ["two"] * 4 + ["three"], 1),
-        ("textvqa", "stop", ["The stop!", "stop", "go"], 0.4444),
-        ("letter", "B", ["B"], 1),
-        ("letter", "b. star", ["B"], 1),
-        ("letter", "The answer is C .", ["C"], 1),
-        ("letter", "Because", ["B"], 0),
-        ("letter", "B)", ["B"], 0),  # the reference reads "B", "B. ..." and words of one letter
-        ("letter", "", ["A"], 0),
-        ("option", "(B)", ["B"], 1),
-        ("option", "I think the answer is B.", ["B"], 1),
-        ("option", "A button that opens: C", ["C"], 1),
-        ("option", "A button", ["A"], 0),
-        ("option", "A. a button", ["A"], 1),
-        ("option", "", ["A"], 0),
-        ("contains", "a tabby cat", ["cat"], 1),
-        ("contains", "cat", ["tabby cat"], 1),
-        ("contains", "", ["cat"], 0),
-        ("iou", "[0.10, 0.10, 0.50, 0.50]", ["[0.10, 0.10, 0.50, 0.40]"], 1),
-        ("iou", "[0.00, 0.00, 0.50, 0.50]", ["[0.00, 0.00, 0.50, 1.00]"], 0),  # IoU is just 0.5
-        ("iou", "[0.0, 0.0, 0.2, 0.98]", ["[0.0, 0.5, 0.2, 0.98]"], 0),
-        ("iou", "[0.0, 0.0, 0.2, 0.19]", ["[0.0, 0.0, 0.2, 0.19]"], 1),
-        ("anls", "1.0", ["0.28"], 0.25),  # both cases are CRAM's own
-        ("anls", "2015", ["2013"], 0.75),
-        ("word-in", "a forest.", ["Forest."], 1),
-        ("word-in", "deforested land", ["forest"], 0),
-        ("word-in", "deforested", ["forest"], 1),  # a text of one word may contain it anywhere
-        ("word-in", "it is a red light now", ["red light"], 1),
-        ("gold-in", "a nodule", ["No"], 1),
-        ("fin", " A. ", ["a"], 1),
-        ("fin", "a b", ["a b"], 0),  # spaces vanish from the text only
-        ("count", "There are 1 2.", ["12"], 1),
-        ("math", "The answer is B", ["B"], 1),
-        ("math", "from 2021-2022", ["2022"], 1),
-        ("math", "it is -1,000.", ["-1000"], 1),
-        ("math", "3 of 4", ["3"], 0),
-        ("math", "about x+1", ["X+1"], 1),
-        ("caption", "a red cat", ["a red cat"], 1),
-    ],
-)
-def test_scorers_by_hand(metric, text, answers, wanted):
-    assert ev.score(metric, text, answers) == pytest.approx(wanted, abs=1e-4)
+@pytest.mark.parametrize("metric", RIGHT_AND_WRONG)
+def test_scorers_by_hand(metric):
+    for wanted, cases in zip((1, 0), RIGHT_AND_WRONG[metric]):
+        for text, gold in cases.items():
+            assert score(metric, text, [gold]) == pytest.approx(wanted), text
 
 
 def test_scorers_whose_rule_depends_on_the_sample():
     row = {"image": "AI2D_7.png", "prompt": "What is it?", "skill": "Sci"}
-    assert ev.score("sci", "A cell ", ["a cell"], row) == 1
-    assert ev.score("sci", "a cell wall", ["a cell"], row) == 0
+    assert score("sci", "A cell ", ["a cell"], row) == 1
+    assert score("sci", "a cell wall", ["a cell"], row) == 0
     row["image"] = "map.png"
-    assert ev.score("sci", "a cell wall", ["a cell"], row) == 1
+    assert score("sci", "a cell wall", ["a cell"], row) == 1
     row["prompt"] = "Which states are red?"
-    assert ev.score("sci", "Ohio, Texas", ["texas, iowa"], row) == 0.5
-    assert ev.score("ocr", "it says\nSTOP here", ["stop"], row) == 1
+    assert score("sci", "Ohio, Texas", ["texas, iowa"], row) == 0.5
+    assert score("ocr", "it says\nSTOP here", ["stop"], row) == 1
     row["skill"] = "Handwritten Mathematical Expression Recognition"
-    assert ev.score("ocr", "x ^ 2\n", ["x^2"], row) == 1
-    assert ev.score("ocr", "X^2", ["x^2"], row) == 0
+    assert score("ocr", "x ^ 2\n", ["x^2"], row) == 1 and score("ocr", "X^2", ["x^2"], row) == 0
 
 
 def test_every_metric_has_a_scorer():
-    assert set(data.METRICS) == ev.RULES.keys() | ev.ALL_GOLDS.keys()
+    assert set(data.METRICS) == scorers.RULES.keys() | scorers.ALL_GOLDS.keys()
+    assert set(data.METRICS) == RIGHT_AND_WRONG.keys() | {"textvqa", "anls", "sci", "ocr"}
+    assert score("exact", "red", ["blue", "Red"]) == 1  # the best gold answer counts
     with pytest.raises(InputError, match="unknown metric 'bleu'"):
-        ev.score("bleu", "a", ["a"])
+        score("bleu", "a", ["a"])
 
 
 WORDS = "a the red blue cat dog on under table sits runs big small and".split()
@@ -154,7 +127,7 @@ def test_caption_scores_equal_the_usual_package():
     rows[5]["text"] = "cat"
     golds = {k: row["answers"] for k, row in enumerate(rows)}
     texts = {k: [row["text"]] for k, row in enumerate(rows)}
-    ours = ev.caption_scores(rows)
+    ours = scorers.caption_scores(rows)
     wanted, _ = Bleu(4).compute_score(golds, texts, verbose=0)
     for n in range(4):
         assert ours[f"BLEU-{n + 1}"] == pytest.approx(100 * wanted[n], abs=1e-5)
@@ -172,12 +145,11 @@ def test_anls_equals_the_usual_package():
         text = "".join(rng.choice(list("AB1 "), rng.integers(1, 7))).strip() or "b"
         # their threshold is one of the distance: 1.01 switches it off
         wanted = anls_score(prediction=text, gold_labels=gold, threshold=1.01)
-        assert ev.score("anls", text, gold) == pytest.approx(wanted)
+        assert score("anls", text, gold) == pytest.approx(wanted)
+    assert score("anls", "1.0", ["0.28"]) == 0.25 and score("anls", "2015", ["2013"]) == 0.75
 
 
-# --------------------------------------------------------------------------------------------------
-# One cell of the matrix
-# --------------------------------------------------------------------------------------------------
+# ---- One cell of the matrix ----------------------------------------------------------------------
 
 QUESTIONS = ["short", "the longest question", "a longer one", "mid one"]
 SAMPLES = [
@@ -186,49 +158,31 @@ SAMPLES = [
 ]
 
 
-def test_evaluate_batches_by_length_and_keeps_the_order():
-    batches = []
-
-    def answer(samples):
-        batches.append([len(s.question) for s in samples])
-        return [s.question if s.id != "2" else "wrong" for s in samples]
-
-    rows, facts = ev.evaluate(answer, SAMPLES, "exact", 3, "test")
-    assert batches == [[20, 12, 7], [5]] and facts == {}
-    assert [row["question_id"] for row in rows] == ["0", "1", "2", "3"]
-    assert [row["score"] for row in rows] == [1, 1, 0, 1] and ev.accuracy(rows) == 75
-    assert rows[2] == {
-        **{"question_id": "2", "prompt": "a longer one", "text": "wrong", "score": 0.0},
-        **{"answers": ["a longer one"], "skill": "read", "image": None},
-    }
-    with pytest.raises(InputError, match="test set empty"):
-        ev.accuracy([])
-    with pytest.raises(ValueError):  # a lost answer must not pass unnoticed
-        ev.evaluate(lambda samples: [], SAMPLES, "exact", 3, "test")
-
-
 @pytest.mark.parametrize("whole", [False, True])
-def test_facts_are_stacked_in_the_order_of_the_samples(whole):
+def test_evaluate_batches_by_length_and_keeps_the_order(whole):
     calls = []
 
     def answer(samples):
         calls.append([s.id for s in samples])
-        facts = [{"id": int(s.id), "phi": np.full(2, int(s.id), np.float32)} for s in samples]
+        facts = [{"phi": np.full(2, int(s.id), np.float32)} for s in samples]
         for k, s in enumerate(samples):
             facts[k] |= {"map": np.ones((2, 3))} if s.id in "02" else {}
-        return [s.question for s in samples], facts
+        return [s.question if s.id != "2" else "wrong" for s in samples], facts
 
     rows, facts = ev.evaluate(answer, SAMPLES, "exact", 3, "test", whole=whole)
     assert calls == ([["0", "1", "2", "3"]] if whole else [["1", "2", "3"], ["0"]])
-    assert [row["score"] for row in rows] == [1] * 4
-    assert facts["id"].tolist() == [0, 1, 2, 3]
+    assert [row["score"] for row in rows] == [1, 1, 0, 1] and ev.accuracy(rows) == 75
+    expected = {"question_id": "2", "prompt": "a longer one", "text": "wrong", "score": 0.0}
+    assert rows[2] == expected | {"answers": ["a longer one"], "skill": "read", "image": None}
     assert facts["phi"].tolist() == [[k, k] for k in range(4)] and facts["phi"].dtype == np.float32
     assert facts["map"].shape == (2, 2, 3)  # only two samples have one
+    with pytest.raises(InputError, match="test set empty"):
+        ev.accuracy([])
+    with pytest.raises(ValueError):  # a lost answer must not pass unnoticed
+        ev.evaluate(lambda samples: [], SAMPLES, "exact", 3, "test", whole=whole)
 
 
-# --------------------------------------------------------------------------------------------------
-# Metrics
-# --------------------------------------------------------------------------------------------------
+# ---- Metrics -------------------------------------------------------------------------------------
 
 
 def test_worked_example_of_the_docstring():
@@ -307,9 +261,7 @@ def test_paired_interval_against_printed_tables():
         ev.paired(range(11), range(11))
 
 
-# --------------------------------------------------------------------------------------------------
-# Tables
-# --------------------------------------------------------------------------------------------------
+# ---- Tables --------------------------------------------------------------------------------------
 
 
 def test_cells_of_tables():
@@ -350,29 +302,22 @@ def test_compare_pairs_seeds():
         ev.compare([record(0, 50.0), record(0, 51.0)])
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def make_run(run, matrix=EXAMPLE, finished=True, **args):
     """A run folder whose predictions give the matrix: cells are whole percents of 100 answers."""
-    (run / "predictions").mkdir(parents=True)
     about = {"script": "asr", "commit": "c", "command": "python asr.py"}
     args = {"stream": "vqacl", "model": "m", "seed": 0, "lr": 1e-3} | args
-    cells = [[None if np.isnan(x) else x for x in row] for row in matrix]
-    results = {"stages": STAGES, "scorers": ["exact"] * 3, "matrix": cells}
-    (run / "args.json").write_text(json.dumps(about | args))
-    (run / "matrix.json").write_text(json.dumps(results))
-    if finished:
-        summary = about | results | {"args": args, "stream": args["stream"], "seed": args["seed"]}
-        summary |= {"metrics": ev.metrics(matrix), "model_sha256": "m", "seconds": 90.0}
-        (run / "summary.json").write_text(json.dumps(summary))
+    ev.write_json(run / "args.json", about | args)
+    results = {"stages": STAGES, "scorers": ["exact"] * 3, "matrix": np.array(matrix)}
+    ev.write_json(run / "matrix.json", results)
     for t, i in np.argwhere(np.isfinite(np.array(matrix))).tolist():
         texts = ["yes" if k < matrix[t][i] else "no" for k in range(100)]
-        rows = [json.dumps({"text": text, "answers": ["yes"], "score": 0}) for text in texts]
-        path = run / f"predictions/after-{t + 1}-on-{i + 1}.jsonl"
-        path.write_text("\n".join(rows) + "\n")
+        rows = [{"text": text, "answers": ["yes"], "score": 0} for text in texts]
+        ev.write_predictions(run, t, i, rows)
+    if finished:
+        ev.write_json(run / "summary.json", ev.read_run(run) | {"seconds": 90.0})
     return run
 
 

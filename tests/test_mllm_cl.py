@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_baselines import run_here
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 
 import data
 import eval as evaluation
@@ -62,12 +61,6 @@ def test_the_routers_prompt(samples):
     assert len({tuple(mllm_cl.letters_of(5, seed)) for seed in range(20)}) > 10
 
 
-@pytest.mark.parametrize("row", data.STREAMS.values(), ids=data.STREAMS)
-def test_every_stream_can_be_routed(row):
-    assert list(row.descriptions) == list(row.stages)
-    assert len(set(row.descriptions.values())) == len(row.stages)
-
-
 def test_letters_are_told_apart_where_they_are_predicted(llava, samples):
     """For both tokenizers: logits of the letters where the letter of the answer is predicted,
     whatever letter the prompt is filled up with."""
@@ -87,21 +80,19 @@ def test_letters_are_told_apart_where_they_are_predicted(llava, samples):
         torch.testing.assert_close(rows[-1], logits[range(4), at][:, ids], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-4)
 
-    def shared(samples, train):  # one token for all letters, then two for A
-        labels = [[-100, 7, ord(s.answer) % 2, 9] for s in samples]
-        return {"labels": torch.tensor(labels)}
+    def shared(samples, train):  # the first tokens that differ are shared by several letters
+        codes = [ord(sample.answer) for sample in samples]
+        return {"labels": torch.tensor([[-100, 7, code % 2, code] for code in codes])}
 
     with pytest.raises(data.InputError, match="no single token tells the experts apart"):
         mllm_cl.letter_ids(shared, samples[0], letters)
 
 
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [*zip(("B", " B. ", "(B", "BA"), "BBBA"), *((x, None) for x in ("b", "C", "(B)", "B is", ""))],
-)
-def test_what_the_generating_router_says(text, wanted):
+@pytest.mark.parametrize("text", ["B", " B. ", "(B", "BA", "b", "C", "(B)", "B is", ""])
+def test_what_the_generating_router_says(text):
     """Up to one character that is no letter is overlooked, as published."""
-    assert mllm_cl.letter_said(text, ["B", "A"]) == wanted
+    wanted = {"B": "B", " B. ": "B", "(B": "B", "BA": "A"}
+    assert mllm_cl.letter_said(text, ["B", "A"]) == wanted.get(text)
 
 
 def test_every_shot_appears_with_and_without_its_image():
@@ -123,10 +114,10 @@ def test_the_router_learns_from_kept_training_samples_alone(flags):
     letters = mllm_cl.letters_of(2, args.seed)
     samples, steps, lr = mllm_cl.lessons("router", 1, stream, team, args)
     assert [s.answer for s in samples] == 2 * ([letters[0]] * 4 + [letters[1]] * 4)
-    train = {s.id for stage in stream.stages[:2] for s in stage.train}
-    assert {s.id for s in samples} <= train and lr == args.router_lr == 4e-3
-    assert all(s.image is None for s in samples[8:]) and "charts" not in samples[0].question
-    assert max(i for step in steps for part in step for i in part) == 15
+    train = {s.image for stage in stream.stages[:2] for s in stage.train}
+    assert {s.image for s in samples[:8]} <= train and {s.image for s in samples[8:]} == {None}
+    assert "charts" not in samples[0].question and lr == args.router_lr == 4e-3
+    assert {i for step in steps for batch in step for i in batch} == set(range(16))
     samples, steps, lr = mllm_cl.lessons("expert", 1, stream, team, args)
     assert samples == stream.stages[1].train and lr == args.lr and len(steps) == 6
     assert mllm_cl.lessons("router", 0, stream, team, args)[1] == []  # one expert: no choice
@@ -144,6 +135,7 @@ def test_the_routers(tiny, team, samples, monkeypatch):
         args.router = router
         return mllm_cl.choose(tiny, team, args, samples)
 
+    tiny.load_lora(team.experts[0])
     mllm = choose("mllm")
     tiny.load_lora(team.router)  # by hand, one question at a time
     letters = mllm_cl.letters_of(3, 0)
@@ -162,8 +154,13 @@ def test_the_routers(tiny, team, samples, monkeypatch):
         wanted = {0: np.eye(3)[2], 3: np.eye(3)[0]}.get(place % 4, mllm[n])
         np.testing.assert_allclose(generate[n], wanted, atol=1e-5)
     assert team.cost["failures"] == 5
-    features = torch.cat(
-        [mllm_cl.frozen_features(tiny, tiny.batch([s], train=True)) for s in samples]
+    features = mllm_cl.frozen_features(tiny, tiny.batch(samples, train=True))
+    image, text = (
+        tiny.features([samples[0].image])[0].mean(0),
+        tiny.text_means([samples[0].question]),
+    )
+    torch.testing.assert_close(
+        features[0], torch.cat([normalize(image, dim=0), normalize(text)[0]])
     )
     team.prototypes = [*features[:3]]
     cosines = cosine_similarity(features[:, None], features[None, :3], -1)
@@ -180,15 +177,9 @@ def test_the_chosen_expert_answers_and_only_once(tiny, team, samples, monkeypatc
         tiny.load_lora(expert)
         alone.append([tiny.answer([sample])[0] for sample in samples])
     assert len(set(map(tuple, alone))) == 3
-    asked = Counter()
     answer, run = tiny.answer, SimpleNamespace(lap=lambda name: None)
-
-    def counted(batch):
-        asked.update(sample.id for sample in batch)
-        return answer(batch)
-
-    monkeypatch.setattr(tiny, "answer", counted)
-    pairs = set()
+    asked, pairs = [], set()
+    monkeypatch.setattr(tiny, "answer", lambda batch: asked.extend(batch) or answer(batch))
     for _ in range(3):
         probability = rng.random((8, 3))
         monkeypatch.setattr(mllm_cl, "choose", lambda *_, p=probability: p)
@@ -197,31 +188,23 @@ def test_the_chosen_expert_answers_and_only_once(tiny, team, samples, monkeypatc
         assert [note["choice"] for note in notes] == choice.tolist()
         assert texts == [alone[k][n] for n, k in enumerate(choice)]
         pairs |= set(enumerate(choice))
-    assert asked.total() == team.cost["generations"] == len(pairs) < 24
+    assert len(asked) == team.cost["generations"] == len(pairs) < 24
 
 
 def test_a_run_leaves_its_records(whole):
     record = evaluation.read_json(whole / "summary.json")
-    confusion, facts = np.array(record["confusion"]), np.load(whole / "facts.npz")
-    assert confusion.sum((1, 2)).tolist() == [5, 10, 15]
-    choices = {
-        (i, n, k)
-        for t in (1, 2, 3)
-        for i in range(1, t + 1)
-        for n, k in enumerate(facts[f"{t}-{i}-choice"])
-    }
-    assert (
-        record["cost"] == {"router_passes": 25, "generations": len(choices)} | {"failures": 0}
-        and len(choices) < 30
-    )
+    facts, size = np.load(whole / "facts.npz"), record["trainable_parameters"]
+    assert np.array(record["confusion"]).sum((1, 2)).tolist() == [5, 10, 15]
+    choices = set()
+    for t, i in ((1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)):
+        choices |= {(i, n, k) for n, k in enumerate(facts[f"{t}-{i}-choice"])}
+    cost = {"router_passes": 25, "generations": len(choices), "failures": 0}
+    assert record["cost"] == cost and len(choices) < 30
     assert np.allclose(facts["3-2-probability"].sum(1), 1)
-    assert (facts["3-2-probability"].argmax(1) == facts["3-2-choice"]).all()
     right = sum((facts[f"3-{i + 1}-choice"] == i).sum() for i in range(3))
     assert record["routing_accuracy"][2] == pytest.approx(100 * right / 15)
-    size = sum(
-        x.numel() for x in load_file(whole / "router" / "adapter_model.safetensors").values()
-    )
-    assert record["stored_parameters"] == 4 * size == 4 * record["trainable_parameters"]
+    router = load_file(whole / "router" / "adapter_model.safetensors").values()
+    assert sum(x.numel() for x in router) == size and record["stored_parameters"] == 4 * size
 
 
 def test_experts_do_not_depend_on_the_order_of_the_tasks(whole, flags, tmp_path):
@@ -256,6 +239,5 @@ def test_bad_input(flags, stream_folder):
     many = SimpleNamespace(stages=[None] * 27)
     with pytest.raises(data.InputError, match="27 tasks, but only 26 letters"):
         mllm_cl.check(args, many)
-    for wrong in ("--shots 0", "--router_lr -1", "--router_batch 0"):
-        with pytest.raises(SystemExit):
-            mllm_cl.parse(wrong.split())
+    for row in data.STREAMS.values():  # every stream of ours can be routed
+        assert len(set(row.descriptions.values()) - {""}) == len(row.stages)

@@ -64,9 +64,6 @@ def close(a, b, tolerance=5e-5):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=tolerance)
 
 
-# Loading
-
-
 WEIGHTS = "model.safetensors"
 FAULTS = {
     "is no LLaVA": ("config.json", b'"model_type": "llava"', b'"model_type": "llama"'),
@@ -95,16 +92,13 @@ def test_neither_a_pickle_nor_an_absent_device_is_taken(tiny_folder, tmp_path):
         LLaVA(Namespace(model=str(tiny_folder), **flags))
 
 
-# Forward and attention
-
-
 @pytest.mark.parametrize("padding", ["right", "left", "none"])
 def test_logits_loss_and_maps_are_those_of_transformers(llava, samples, padding):
     adapt(llava)
     chosen = [samples[0], samples[35]] if padding == "none" else samples[:6]
     batch = llava.batch(chosen, train=padding != "left")
     real = batch["attention_mask"].bool()
-    assert bool(real.all()) == (padding == "none")
+    assert bool(real.all()) == (padding == "none") and not llava.model.training
     plain = llava.forward(batch)
     with capture(llava, batch) as maps:
         output = llava.forward(batch)
@@ -202,9 +196,6 @@ def test_wrong_use_of_capture_is_an_error(tiny, samples):
         capture(tiny, batch)
 
 
-# Batches
-
-
 def test_text_means(llava):
     ids = llava.processor.tokenizer("red house", add_special_tokens=False)["input_ids"]
     rows = llava.model.get_input_embeddings().weight[ids]
@@ -230,15 +221,13 @@ def test_the_tower_sees_every_image_once_until_the_cache_is_full(llava, samples,
     for runs in (8, 8 + 5):
         close(cache(paths[:8]), first[:8])
         assert list(cache.rows) == paths[:3] and cache.tower_runs == runs
+    assert cache.rows[paths[0]].untyped_storage().nbytes() == first[0].nbytes  # no view of a batch
     (tmp_path / "cut.png").write_bytes(paths[0].read_bytes()[:2000])
     with pytest.raises(InputError, match="cut.png"):
         cache([paths[0], tmp_path / "cut.png"])
 
 
-# LoRA
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
 def test_lora_is_the_formula_in_float32(dtype, tolerance):
     torch.manual_seed(0)
     base, x = torch.nn.Linear(6, 5).to(dtype), torch.randn(3, 4, 6).to(dtype)
@@ -247,7 +236,7 @@ def test_lora_is_the_formula_in_float32(dtype, tolerance):
     torch.nn.init.normal_(layer.B)
     expected = base(x).float() + 6 / 2 * x.float() @ layer.A.T @ layer.B.T
     assert layer.A.dtype == expected.dtype == torch.float32 and layer(x).dtype == dtype
-    torch.testing.assert_close(layer(x).float(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(layer(x).float(), expected, rtol=tolerance, atol=1e-6)
 
 
 def test_an_adapter_begins_as_the_base_can_be_replaced_and_switched_off(llava, samples):
@@ -259,6 +248,8 @@ def test_an_adapter_begins_as_the_base_can_be_replaced_and_switched_off(llava, s
         assert torch.equal(llava.forward(batch).logits, bare)
         states.append(llava.lora_state())
     assert equal(*states)
+    modules = llava.model.named_modules()
+    assert [*llava.layers] == [path for path, m in modules if isinstance(m, LoRALinear)]
     lora = adapt(llava)
     one, state = llava.forward(batch).logits, llava.lora_state()
     with llava.lora_off():
@@ -301,9 +292,6 @@ def test_we_read_an_adapter_of_peft(llava, samples, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
     with pytest.raises(InputError, match="more than a plain LoRA"):
         read_lora(tmp_path)
-
-
-# Generation
 
 
 def test_answers_are_greedy_and_equal_stepwise_ones(llava, samples):

@@ -14,8 +14,8 @@ FLAGS |= {"method": "replay", "router": "mllm", "shots": 4, "blind_shots": True}
 RECORD = {"groups": [0, 0], "ranks": [[2, 1], [1, 1]], "instructions": ["a $", "$ b"], "seconds": 1}
 RECORD |= {"per_rank": 10, "stored_parameters": [30, 50], "trained_parameters": [30, 20]}
 RECORD |= {"energy": [None, 0.2], "trainable_parameters": 40, "seconds_by_part": {"routing": 1}}
-RECORD |= {"confusion": [[[2, 0], [0, 0]], [[1, 1], [0, 2]]], "commit": "", "command": ""}
-ROUTED = {"cram": {"group": 100, "expert": 75}}  # elsewhere a number per stage
+RECORD |= {"confusion": [[[2, 0], [0, 0]], [[1, 1], [0, 2]]], "routing_accuracy": [100, 75]}
+RECORD |= {"commit": "", "command": ""}
 COARSE, MIXED, BLIND = np.eye(8)[0], np.repeat([0.5, 0], [2, 6]), np.full(8, np.nan)
 
 
@@ -25,7 +25,6 @@ def make_run(folder, script, facts, matrix=((100, None), (50, 75)), **flags):
     results["scorers"] = ["exact"] * len(matrix)
     record = RECORD | results | {"script": script, "args": args, "metrics": plot.metrics(matrix)}
     record |= {"stream": "toy", "seed": args["seed"], "model_sha256": "none"}
-    record["routing_accuracy"] = ROUTED.get(script, [100, 75])
     (folder / "predictions").mkdir(parents=True)
     for t, i in ((1, 1), (2, 1), (2, 2)):
         row = {"prompt": "is it $5 or $6?", "text": "$5", "answers": ["$6"], "skill": "look"}
@@ -62,7 +61,8 @@ def test_drift_by_hand(tmp_path):
     assert np.isnan(drift["one: read"][0]) and drift["one: read"][1] == 0
 
 
-def test_every_figure_is_drawn(tmp_path):
+def test_figures_of_several_runs_and_of_one_stage(tmp_path):
+    """What a run draws of itself is tested with the scripts."""
     every = {"accuracy", "interference", "matrix"}
     run = make_run(tmp_path / "asr", "asr", asr_facts())
     other = make_run(tmp_path / "other", "asr", asr_facts(), beta=0.0, gamma=0.0)
@@ -70,20 +70,11 @@ def test_every_figure_is_drawn(tmp_path):
     assert drawn(plot.asr([run, other])) == every | set(figures.split())
     one = make_run(tmp_path / "one", "asr", asr_facts(), ((80, None), (None, None)))
     assert drawn(plot.asr([one])) == every | {"fig4-ablation"}  # nothing can have drifted
-    run = make_run(
-        tmp_path / "cram",
-        "cram",
-        {"1-1-weights": 0} | {f"2-{i}-weights": np.eye(2) for i in (1, 2)},
-    )
-    assert drawn(plot.cram([run])) == every | {"routing", "groups-ranks", "parameters", "energy"}
     facts = {f"{i}-{i}-picture": np.zeros((2, 96, 96, 3), np.uint8) for i in (1, 2)}
     facts |= {f"2-{i}-probability": np.eye(2) for i in (1, 2)}
     runs = [make_run(tmp_path / str(n), "mllm_cl", facts, shots=n) for n in (4, 8)]
     figures = every | {"cases", "confusion", "parameters", "routers", "shots"}
     assert drawn(plot.mllm_cl(runs, tmp_path / "figures")) == figures
-    joint = make_run(tmp_path / "joint", "baselines", {}, ((None, None), (50, 75)))
-    plot.main([str(joint), str(run), "--out", str(tmp_path / "both")])  # of two scripts
-    assert drawn(tmp_path / "both") == every
 
 
 def test_labels_and_wrong_runs(tmp_path):

@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "results"))  # run.py is a script, and imports its neighbors
 run, sweeps, tables = (importlib.import_module(name) for name in ("run", "sweeps", "tables"))
 
-SETTINGS = """seed stream method lr epochs batch_size rank alpha targets dropout warm_up limit router
-    limit_test beta gamma lambda_ang skills posterior layers shots router_lr router_epochs buffer
-    router_batch blind_shots routing reuse fixed_rank grouping sigma_share lambda_orth tau_alloc
-    buffer_share""".split()
+SETTINGS = """seed stream method lr epochs batch_size rank alpha targets dropout warm_up limit
+    limit_test router beta gamma lambda_ang skills posterior layers shots router_lr buffer
+    router_epochs router_batch blind_shots routing reuse fixed_rank grouping sigma_share lambda_orth
+    buffer_share tau_alloc""".split()
 
 
 def record(stream="one", seed=0, ap=50.0, **facts):
@@ -128,6 +128,7 @@ def test_a_missing_cell_is_run_and_added_once(stream_folder, tiny_folder, tmp_pa
     for _ in range(2):
         run.run_sweep("try")
         (line,) = Path("try.jsonl").read_text().splitlines()
+    run.add("try", ("zero-shot", "toy", 0), Path("none"))  # run again for its experts: no change
     entry, started = json.loads(line), []
     assert entry["row"] == "zero-shot" and entry["script"] == "baselines" and entry["seconds"] > 0
     Path("try.jsonl").unlink()
