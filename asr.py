@@ -17,7 +17,7 @@ of their skills. A second loss keeps the similarities of images and questions as
     Eqs. 15-20  prototypes (mu, var, d) of the skills   update_prototypes, prototype_variance
     Eqs. 21-26  L_spec                                  spectral_loss
     Eqs. 27-28  L_geo                                   embeddings, geometry_loss
-    Eq. 29      L_task + beta L_spec + gamma L_geo      main
+    Eq. 29      L_task + beta L_spec + gamma L_geo      backward
 
     python asr.py --stream vqacl                        mini stream, tiny LLaVA: laptop, minutes
     python asr.py --stream vqacl --beta 0 --gamma 0 --out runs/seq      sequential LoRA, bit for bit
@@ -187,7 +187,7 @@ def head_spectra(maps, published=(), bins=None):
     ours:      r, d, rho*, cos 2 theta*, sin 2 theta*, p*; DC only in r    D0 = K + M + 4 = 20
     published: r, d, a = d / mean(d), rho*, theta*, p*; DC everywhere      D0 = K + 2 M + 3 = 27
     """
-    bins = bins or bin_table(*maps.shape[-2:], tuple(published), device=str(maps.device))
+    bins = bins or bin_table(*maps.shape[-2:], published, device=str(maps.device))
     rho, theta, in_radial, in_angular, cos, sin = bins
     spectrum = torch.fft.fft2(maps, norm="ortho")
     power = normalize((spectrum.real**2 + spectrum.imag**2).flatten(2))  # [B, J, P], Eq. 7
@@ -348,8 +348,6 @@ def prototype_variance(memory, shape="gaussian", published=()):
 
 # ---- 4. The losses (Eqs. 21-29) ------------------------------------------------------------------
 
-NO_TERMS = dict.fromkeys(("spectral", "distance", "weight", "geometry"), torch.zeros(()))
-
 
 def symmetric_kl(p, q):
     """0.5 KL(p | q) + 0.5 KL(q | p) over the last axis of non-negative vectors of any sum."""
@@ -417,6 +415,29 @@ def attention_maps(captured, llava):
     if attention.shape[-1] == 0:  # a batch without any image gets empty maps
         attention = attention.new_zeros(*attention.shape[:-1], llava.grid[0] * llava.grid[1])
     return attention.unflatten(-1, llava.grid), words
+
+
+def backward(llava, batch, args, beta, pi, memory, reference):
+    """Forward, Eq. 29 and backward for one micro-batch; returns its share of the step's log.
+
+    beta is 0 in the first stage, which has nothing to protect.
+    """
+    log = dict.fromkeys(("spectral", "distance", "weight", "geometry"), torch.zeros(()))
+    with capture(llava, batch, args) if beta else nullcontext() as captured:
+        output = llava.forward(batch)
+        log["task"] = output.loss * batch["token_share"]  # [14]
+        if beta:
+            maps = attention_maps(captured, llava)
+            phi, angular, _ = descriptor(*maps, args.spectrum, args.published)
+            spectral = spectral_loss(phi, angular, pi[batch["index"]], memory, args)
+            log |= {name: x * batch["sample_share"] for name, x in spectral.items()}
+        if args.gamma:
+            before = reference[batch["index"]].to(llava.device).unbind(1)
+            geometry = geometry_loss(*embeddings(output, batch), *before)
+            log["geometry"] = geometry * batch["sample_share"]
+        log["loss"] = log["task"] + beta * log["spectral"] + args.gamma * log["geometry"]
+        log["loss"].backward()  # inside: checkpointing runs the captured layers again
+    return {name: x.item() for name, x in log.items()}
 
 
 def reference_embeddings(llava, samples, args):
@@ -510,22 +531,7 @@ def main(args):
             optimizer.zero_grad()
             log = Counter()  # adds up over the micro-batches
             for batch in llava.micro_batches(stage.train, steps[k]):
-                terms = dict(NO_TERMS)  # until there is something to protect
-                with capture(llava, batch, args) if beta else nullcontext() as captured:
-                    output = llava.forward(batch)
-                    terms["task"] = output.loss * batch["token_share"]  # [14]
-                    if beta:
-                        maps = attention_maps(captured, llava)
-                        looks = descriptor(*maps, args.spectrum, args.published)
-                        spectral = spectral_loss(*looks[:2], pi[batch["index"]], memory, args)
-                        terms |= {name: x * batch["sample_share"] for name, x in spectral.items()}
-                    if args.gamma:
-                        before = reference[batch["index"]].to(llava.device).unbind(1)
-                        geometry = geometry_loss(*embeddings(output, batch), *before)
-                        terms["geometry"] = geometry * batch["sample_share"]
-                    L = terms["task"] + beta * terms["spectral"] + args.gamma * terms["geometry"]
-                    L.backward()  # inside: checkpointing runs the captured layers again; Eq. 29
-                log.update({name: x.item() for name, x in terms.items()} | {"loss": L.item()})
+                log.update(backward(llava, batch, args, beta, pi, memory, reference))
             log = llava.sync(lora, log)
             norm = torch.nn.utils.clip_grad_norm_(lora, 1.0).item()
             run.log(t, lr=lr, gradient_norm=norm, **log)  # stops the run at a nan

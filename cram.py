@@ -113,7 +113,11 @@ class ClipFeatures:
 
     def __init__(self, name, device):
         try:
-            self.clip = CLIPModel.from_pretrained(name, use_safetensors=True)
+            self.clip, report = CLIPModel.from_pretrained(
+                name, use_safetensors=True, output_loading_info=True
+            )
+            if report["missing_keys"]:  # they would be filled with random numbers
+                raise ValueError("weights are missing")
             self.processor = CLIPProcessor.from_pretrained(name, backend="pil")
         except Exception as error:  # no folder, no network, other shapes: many kinds
             line = str(error).strip().split("\n")[0]

@@ -361,13 +361,13 @@ def published_flag(add, numbers) -> None:
     """Add --published: take back all, or some, of the deviations `numbers` of a docs page."""
     listed = ",".join(map(str, numbers))
 
-    def chosen(text: str) -> list[int]:
+    def chosen(text: str) -> tuple[int, ...]:
         if unknown := {n for n in text.split(",") if n} - set(listed.split(",")):
             raise argparse.ArgumentTypeError(f"{min(unknown)} is none of {listed}")
-        return [n for n in numbers if str(n) in text.split(",")]
+        return tuple(n for n in numbers if str(n) in text.split(","))
 
     about = f"as published: take back the deviations {listed} of the docs page, or some of them"
-    add("--published", nargs="?", const=chosen(listed), default=[], type=chosen, help=about)
+    add("--published", nargs="?", const=chosen(listed), default=(), type=chosen, help=about)
 
 
 def text_width(model: str) -> int:

@@ -413,7 +413,8 @@ def _existing_run(run, now, resume):
                 "choose another --out, or the old value"
             )
     if (run / "summary.json").is_file():
-        print(f"The run in {run} is finished. To see it: python eval.py {run}")
+        print(f"The run in {run} is finished. Its tables: python eval.py {run}")
+        print(f"Its figures: python plot.py {run}")
         raise SystemExit(int(processes()[1] > 1))  # under torchrun the others would wait
     if not resume:
         raise InputError(f"{run} holds an unfinished run: add --resume or choose another --out")

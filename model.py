@@ -155,7 +155,9 @@ class LLaVA:
                 if anywhere:
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                     dist.all_reduce(p.grad)
-        return {name: sum(other[name] for other in gather(log)) for name in log}
+        logs = gather(log)  # that of a process without a micro-batch is empty
+        names = dict.fromkeys(name for other in logs for name in other)
+        return {name: sum(other.get(name, 0) for other in logs) for name in names}
 
     # ---- forward and generate --------------------------------------------------------------------
 

@@ -14,10 +14,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from data import InputError, input_errors
 from eval import interference, metrics, predictions_file, read_json, read_run, seen_mean, show
@@ -80,13 +77,16 @@ def read_facts(folder, name):
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv<P"
-matplotlib.rcParams |= {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8}
-matplotlib.rcParams |= {"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
+STYLE = {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8}
+STYLE |= {"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
 
 
 def new_figure(rows=1, columns=1, height=4.2, **options):
     """A figure and its axes [rows, columns]. It needs no screen and no pyplot."""
-    figure = Figure(figsize=(6.7, height), dpi=120, layout="constrained")
+    import matplotlib.figure  # here, not above: training does without its time and memory
+
+    matplotlib.rcParams |= STYLE
+    figure = matplotlib.figure.Figure(figsize=(6.7, height), dpi=120, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
@@ -125,7 +125,7 @@ def lines(curves, title, x, y, path):
         if len(values) > 1:
             band = values.mean(0) + np.outer([-1, 1], values.std(0, ddof=1))
             axis.fill_between(xs, *band, color=color, alpha=0.15, linewidth=0)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+    axis.xaxis.get_major_locator().set_params(integer=True, steps=(1, 2, 5, 10))
     axis.set(title=title, xlabel=x, ylabel=y)
     axis.legend()
     figure.savefig(path)

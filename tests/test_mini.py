@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 import data
 
 
-def pictures(kind, n=20):
+def pictures(kind):
     rng = np.random.default_rng(3)
-    return [kind(rng) for _ in range(n)]
+    return [kind(rng) for _ in range(20)]
 
 
 def answers(picture):
