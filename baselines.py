@@ -445,6 +445,15 @@ def test_blind(run, method):
     return {"stages": scores, "AP": np.mean(scores), "seeing_blind_by_kind": kinds}
 
 
+def backward(method, t, batch):
+    """Forward and backward for one micro-batch; returns its share of the step's log."""
+    log = method.losses(t, batch)
+    log["loss"] = sum(log.values())
+    log = {name: x * batch["token_share"] for name, x in log.items()}
+    log["loss"].backward()
+    return {name: x.item() for name, x in log.items()}
+
+
 # ---- 3. The run ----------------------------------------------------------------------------------
 
 
@@ -482,11 +491,7 @@ def main(args, kind=None):
             optimizer.zero_grad()
             log = Counter()  # adds up over the micro-batches
             for batch in llava.micro_batches(stage.train, steps[k]):
-                losses = method.losses(t, batch)
-                loss = sum(losses.values()) * batch["token_share"]
-                loss.backward()
-                log.update(loss=loss.item())
-                log.update({name: (x * batch["token_share"]).item() for name, x in losses.items()})
+                log.update(backward(method, t, batch))
             for name, penalty in method.penalties(t).items() if llava.first else ():
                 penalty.backward()  # once per step: by the first process of torchrun alone
                 log.update({"loss": penalty.item(), name: penalty.item()})

@@ -375,23 +375,28 @@ def warm_up_steps(steps, args):
     return min(warm, steps - 1)
 
 
-# ---- 4. The losses: L_task + lambda L_orth (the second adds up layer by layer) -------------------
-
-
-def tell(routing, layers, batch, pi, gamma, args):
-    """Before a micro-batch: tell the layers its weights, and whether to watch their outputs."""
-    routing.weights = None if routing.buffer else pi[batch["index"]]
-    routing.gamma = gamma[batch["index"]]
-    watch = args.lambda_orth > 0 and not routing.buffer
-    routing.image_mask = batch["image_mask"] if watch else None
-    for layer in layers:
-        layer.inside = None
+# ---- 4. The losses: L_task + lambda L_orth -------------------------------------------------------
 
 
 def orthogonality_loss(layers):
     """Mean over all adapted layers of what the last forward pass has left: L_orth."""
     inside = [layer.inside for layer in layers if layer.inside is not None]
     return torch.stack(inside).sum() / len(layers) if inside else torch.tensor(0.0)
+
+
+def backward(llava, batch, args, routing, layers, pi, gamma):
+    """Forward, L_task + lambda L_orth and backward for one micro-batch; returns its share of the
+    step's log. pi [N, t + 1], gamma [N]: of the stage's samples."""
+    routing.weights = None if routing.buffer else pi[batch["index"]]
+    routing.gamma = gamma[batch["index"]]
+    routing.image_mask = batch["image_mask"] if args.lambda_orth > 0 else None
+    for layer in layers:
+        layer.inside = None
+    log = {"task": llava.forward(batch).loss * batch["token_share"]}
+    log["orthogonality"] = orthogonality_loss(layers) * batch["sample_share"]
+    log["loss"] = log["task"] + args.lambda_orth * log["orthogonality"]
+    log["loss"].backward()
+    return {name: x.item() for name, x in log.items()}
 
 
 def shared_energy(layer):
@@ -524,12 +529,7 @@ def main(args):
             optimizer.zero_grad()
             log = Counter()  # adds up over the micro-batches
             for batch in llava.micro_batches(stage.train, steps[k]):
-                tell(routing, layers, batch, pi, gamma, args)
-                terms = {"task": llava.forward(batch).loss * batch["token_share"]}
-                terms["orthogonality"] = orthogonality_loss(layers) * batch["sample_share"]
-                L = terms["task"] + args.lambda_orth * terms["orthogonality"]
-                L.backward()
-                log.update({name: x.item() for name, x in terms.items()} | {"loss": L.item()})
+                log.update(backward(llava, batch, args, routing, layers, pi, gamma))
             log = llava.sync(lora, log)
             norm = torch.nn.utils.clip_grad_norm_(lora, 1.0).item()
             phase = "buffer" if routing.buffer else "expert"

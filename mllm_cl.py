@@ -256,6 +256,16 @@ def lessons(half, t, stream, team, args):
     return samples + imageless, router_steps(len(samples), t, args), args.router_lr
 
 
+# ---- 4. One micro-batch --------------------------------------------------------------------------
+
+
+def backward(llava, batch):
+    """Forward and backward for one micro-batch; returns its share of the step's log."""
+    loss = llava.forward(batch).loss * batch["token_share"]
+    loss.backward()
+    return {"loss": loss.item()}
+
+
 # ---- 5. Answering the questions of a test: route, then answer ------------------------------------
 
 
@@ -384,9 +394,7 @@ def main(args):
                 optimizer.zero_grad()
                 log = Counter()  # adds up over the micro-batches
                 for batch in llava.micro_batches(samples, steps[k]):
-                    L = llava.forward(batch).loss * batch["token_share"]
-                    L.backward()
-                    log.update(loss=L.item())
+                    log.update(backward(llava, batch))
                 log = llava.sync(lora, log)
                 norm = torch.nn.utils.clip_grad_norm_(lora, 1.0).item()
                 run.log(t, lr=lr, gradient_norm=norm, **log, phase=phase)  # stops the run at a nan

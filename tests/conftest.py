@@ -7,8 +7,10 @@ a fresh LLaVA. `tiny_folder` and `tiny_siglip_qwen_folder` are their folders.
 
 import argparse
 import copy
+import importlib
 import json
 import os
+from functools import cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,8 +22,12 @@ import transformers as tf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+import model
+import plot
 from data import Sample
 from model import LLaVA
+
+load_llava = cache(model.load_llava)
 
 QUESTIONS = (
     "what color is the round cup",
@@ -93,6 +99,17 @@ def build(folder, vision, text, tokenizer, template, pixels):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def run_here(script, flags, out, figures=False):
+    """A run of a script in this process, by default without its figures; returns its folder."""
+    module = importlib.import_module(script)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "load_llava", lambda *args: copy.deepcopy(load_llava(*args)))
+        if not figures:
+            patch.setattr(plot, script, lambda folders: None)
+        module.main(module.parse([*flags, "--out", str(out)]))
+    return out
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +194,9 @@ def stream_folder(tmp_path_factory):
                 content = {"conversations": turns} if train else {"text": text, "answer": answer}
                 records.append(record | image | content)
             (root / stage / f"{split}.json").write_text(json.dumps(records))
-    (root / "stream.json").write_text(json.dumps({"stages": ["one", "two", "three"]}))
+    lines = {"one": "signs", "two": "maps", "three": "charts"}
+    spec = {"stages": list(lines), "descriptions": lines}
+    (root / "stream.json").write_text(json.dumps(spec))
     return root
 
 

@@ -75,25 +75,6 @@ def test_angular_bins_cover_half_a_turn_and_leave_out_dc():
     assert r_brighter[..., 0] > r[..., 0] + 0.1
 
 
-def test_our_peak_finds_a_grating_and_the_published_peak_never_does():
-    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
-    grating = 1 + torch.cos(2 * math.pi * (x + y) / 6)  # diagonal waves, 4 to a side
-    maps = asr.token_average(grating[None, None, None, None])
-    ours, published = (asr.head_spectra(maps, p)[0][0, 0] for p in ((), asr.PUBLISHED))
-    close(ours[-4:], torch.tensor([1 / 3, 0.0, 1.0, 0.5]))
-    assert published[-3:-1].tolist() == [0.0, 0.0]
-
-
-def test_one_spectrum_alone_from_maps_in_bfloat16():
-    maps = random_maps(3, 4, 2, 5, 8, 8).bfloat16()
-    phi, angular, radial = asr.descriptor(maps)
-    assert phi.shape == (3, 40)
-    for spectrum, mean in (("angular", angular), ("radial", radial)):
-        alone = asr.descriptor(maps, spectrum=spectrum)[0]
-        close(alone[:, :8], mean)
-        assert alone.shape == (3, 16) and alone.dtype == torch.float32
-
-
 def test_every_token_counts_the_same_however_much_of_its_attention_is_on_the_image():
     maps, words = random_maps(1, 1, 1, 3, 8, 8), torch.tensor([[True, True, False]])
     louder = maps * torch.tensor([1.0, 100.0, 10.0]).view(3, 1, 1)
@@ -131,23 +112,6 @@ def test_posterior_of_known_skills_and_of_stages(samples):
     assert posterior(samples[:1], *task, t=2, **four).tolist() == [[0.5, 0.5, 0, 0]]
     assert posterior(samples[:1], *task, t=2, **four, learned=True).tolist() == [[0, 0, 1, 0]]
     assert posterior(samples[:2], "--prototypes", "global", skills=["all"]).tolist() == [[1], [1]]
-
-
-def test_posterior_of_shared_skills(samples):
-    questions = {
-        "how many cups are there?": "count",
-        "what color is the cup on the left?": "color locate",
-        "why is the street empty?": "reason",
-        "is there a red cup?": "color judge",
-        "hm": "recognize",
-    }
-    asked, names = [replace(samples[0], question=q) for q in questions], list(asr.SHARED)
-    soft = posterior(asked, "--skills", "shared", skills=names)
-    hard = posterior(asked, "--skills", "shared", "--posterior", "hard", skills=names)
-    for row, one, expected in zip(soft, hard, questions.values()):
-        chosen = [name for name, share in zip(names, row) if share]
-        assert chosen == expected.split() and row.max() == 1 / len(chosen)
-        assert names[one.argmax()] == chosen[0] and one.sum() == 1
 
 
 def test_parser_gives_mass_to_the_skills_met_so_far(tiny, samples):

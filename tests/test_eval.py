@@ -259,15 +259,6 @@ def test_paired_interval_against_printed_tables():
 # ---- Tables --------------------------------------------------------------------------------------
 
 
-def test_cells_of_tables():
-    assert ev.mean_std([]) == ev.mean_std([1.0, np.nan]) == ev.difference([]) == "-"
-    assert ev.mean_std([1.0]) == "1.0" and ev.mean_std([51, 52, 53, 54, 55]) == "53.0 ± 1.6"
-    assert ev.difference([(1.0, 2.5)]) == "-1.5"
-    assert ev.difference([(11, 10), (12, 10), (13, 10)]) == "+2.0 [-0.5, +4.5]"
-    wide = ev.grid([["a row", "x"], ["b", "+2.0 [-0.5, +4.5]"]], markdown=True)
-    assert "| +2.0\u00a0[-0.5,\u00a0+4.5] |" in wide and "| a row |" in wide
-
-
 def test_table_of_one_run():
     text = ev.table(EXAMPLE, STAGES)
     assert text.split("\n")[3] == "after 3 place         65.0  74.0  89.0"

@@ -1,15 +1,13 @@
 """MR-LoRA: the router's prompt, letters and lessons, routed answers, independent experts."""
 
-import json
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_here
 from safetensors.torch import load_file
-from test_baselines import run_here
 from torch.nn.functional import cosine_similarity, normalize
 
 import data
@@ -21,14 +19,8 @@ LINES = ["signs", "maps", "charts"]
 
 
 @pytest.fixture(scope="module")
-def flags(flags, stream_folder, tmp_path_factory):
-    """The shared flags, on a copy of the stream whose stages have descriptions."""
-    folder = tmp_path_factory.mktemp("described") / "stream"
-    shutil.copytree(stream_folder, folder)
-    spec = {"stages": NAMES, "descriptions": dict(zip(NAMES, LINES))}
-    (folder / "stream.json").write_text(json.dumps(spec))
-    router = "--router_epochs 2 --shots 3 --router_batch 4 --rank 4"
-    return [*flags, "--stream", str(folder), *router.split()]
+def flags(flags):
+    return [*flags, *"--router_epochs 2 --shots 3 --router_batch 4 --rank 4".split()]
 
 
 @pytest.fixture(scope="module")
@@ -232,10 +224,12 @@ def test_experts_of_another_run_give_the_same_bytes(whole, flags, tmp_path):
         run_here("mllm_cl", [*flags, "--experts", str(run)], tmp_path / "other")
 
 
-def test_bad_input(flags, stream_folder):
-    args = mllm_cl.parse([*flags, "--stream", str(stream_folder)])
+def test_bad_input(flags):
+    args = mllm_cl.parse(flags)
+    stream = data.load_stream(args)
+    del stream.descriptions["one"]
     with pytest.raises(data.InputError, match="task one has no description"):
-        mllm_cl.check(args, data.load_stream(args))
+        mllm_cl.check(args, stream)
     many = SimpleNamespace(stages=[None] * 27)
     with pytest.raises(data.InputError, match="27 tasks, but only 26 letters"):
         mllm_cl.check(args, many)

@@ -11,7 +11,7 @@ import torch
 
 from attention import capture_attention
 from data import InputError, load_image, pad_square
-from model import LLaVA, LoRALinear, load_llava, read_lora
+from model import LoRALinear, load_llava, read_lora
 
 peft = pytest.importorskip("peft")
 ALL = "q,k,v,o,gate,up,down,projector"
@@ -80,16 +80,6 @@ def test_what_cannot_be_loaded_stops_with_a_sentence(sentence, tiny_folder, tmp_
     with pytest.raises(InputError, match=sentence) as error:
         load_llava(folder)
     assert "\n" not in str(error.value)
-
-
-def test_neither_a_pickle_nor_an_absent_device_is_taken(tiny_folder, tmp_path):
-    folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match="no .safetensors weights"):
-        load_llava(folder)
-    flags = {"threads": 0, "device": "cuda:99", "dtype": "auto", "max_new_tokens": 4}
-    with pytest.raises(InputError, match="--device cuda:99: .* CUDA devices here"):
-        LLaVA(Namespace(model=str(tiny_folder), **flags))
 
 
 @pytest.mark.parametrize("padding", ["right", "left", "none"])
@@ -176,30 +166,6 @@ def test_samples_without_an_image_share_a_batch(llava, samples):
     means = llava.image_means(batch, torch.nan)
     close(means[[0, 2]], batch["features"].mean(1))
     assert means[1].isnan().all() and not llava.image_means(alone, 0.0).any()
-
-
-def test_wrong_use_of_capture_is_an_error(tiny, samples):
-    batch = tiny.batch(samples[:2], train=True)
-    with capture(tiny, batch) as maps:
-        with pytest.raises(RuntimeError, match="no forward"):
-            maps()
-        tiny.forward(batch)
-        with pytest.raises(RuntimeError, match="already holds"):
-            tiny.forward(batch)
-        with pytest.raises(RuntimeError, match="nest"), capture(tiny, batch):
-            pass
-    tiny.forward(batch)  # a block that ended leaves nothing behind
-    with pytest.raises(ValueError, match="layers = 5"):
-        capture(tiny, batch, 5)
-    batch["image_mask"][0, :3] = True
-    with pytest.raises(ValueError, match="unequal numbers"):
-        capture(tiny, batch)
-
-
-def test_text_means(llava):
-    ids = llava.processor.tokenizer("red house", add_special_tokens=False)["input_ids"]
-    rows = llava.model.get_input_embeddings().weight[ids]
-    close(llava.text_means(["red house"])[0], rows.mean(0))
 
 
 def test_losses_of_micro_batches_add_up_to_the_loss_of_the_step(llava, samples):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_here
 
 import data
 import eval as evaluation
@@ -125,27 +126,26 @@ def test_a_missing_cell_is_run_and_added_once(stream_folder, tiny_folder, tmp_pa
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     monkeypatch.chdir(tmp_path)
     Path("toy").symlink_to(stream_folder)
+    started = []
+
+    def call(words, **_):
+        started.append(words)
+        if "--resume" not in words:
+            run_here("baselines", words[2:], words[-1])
+        return 0
+
+    monkeypatch.setattr(run.subprocess, "call", call)
     for _ in range(2):
         run.run_sweep("try")
         (line,) = Path("try.jsonl").read_text().splitlines()
     run.add("try", ("zero-shot", "toy", 0), Path("none"))  # run again for its experts: no change
-    entry, started = json.loads(line), []
+    entry = json.loads(line)
     assert entry["row"] == "zero-shot" and entry["script"] == "baselines" and entry["seconds"] > 0
     Path("try.jsonl").unlink()
-    monkeypatch.setattr(run.subprocess, "call", lambda words, **_: started.append(words))
     run.run_sweep("try")  # the run is there, and only its record is made again
-    assert Path("try.jsonl").read_text() == f"{line}\n" and started[0][-1] == "--resume"
+    assert Path("try.jsonl").read_text() == f"{line}\n" and started[1][-1] == "--resume"
+    assert len(started) == 2
     Path("try.jsonl").unlink()
     monkeypatch.setattr(run.subprocess, "call", lambda words, **_: 2)
     with pytest.raises(run.InputError, match="exit code 2, see .*zero-shot-toy-0.log"):
         run.run_sweep("try")
-
-
-def test_a_run_whose_experts_are_needed_comes_first_even_if_its_record_is_there(monkeypatch):
-    rows = {"oracle": "mllm_cl.py --experts {experts}", "other": "cram.py", "MR-LoRA": "mllm_cl.py"}
-    monkeypatch.setitem(sweeps.SWEEPS, "try", sweeps.Sweep(["dcl"], [0], rows))
-    done, started = {("MR-LoRA", "dcl", 0): {}, ("other", "dcl", 0): {}}, []
-    monkeypatch.setattr(run, "read", lambda name: done)
-    monkeypatch.setattr(run, "run_cell", lambda name, cell, command: started.append(cell[0]))
-    run.run_sweep("try")
-    assert started == ["MR-LoRA", "oracle"]

@@ -1,8 +1,6 @@
 """The run folder of eval.py. Nothing here needs a model."""
 
 import argparse
-import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,12 +69,6 @@ def test_a_finished_run_is_its_record(tmp_path, monkeypatch, capsys):
     assert facts["2-1-length"].tolist() == [0, 1, 2, 3] and "2-novel-2-length" in facts
 
 
-def test_captions_are_scored_over_the_whole_test(tmp_path):
-    record = ev.read_run(finished(tmp_path / "run", metric="caption"))
-    assert record["captions"].keys() == ANSWERS.keys()
-    assert record["captions"]["count"]["BLEU-ROUGE"] == record["matrix"][1][1] < 100
-
-
 def test_start_on_finished_unfinished_and_other_runs(tmp_path, monkeypatch, capsys):
     def start(run, script="asr", **changes):
         return ev.Run(flags(run, **changes), stream(), script).folder
@@ -127,37 +119,3 @@ def test_folders_that_cannot_be_a_run(tmp_path):
             ev.Run(flags(tmp_path / out, resume=resume), stream(), "asr")
     assert [path.name for path in (tmp_path / "notes").iterdir()] == ["thesis.txt"]
     assert not (tmp_path / "new").exists()
-
-
-def test_json_is_whole_and_strict(tmp_path):
-    path = tmp_path / "deep/matrix.json"
-    tricky = 'say "[ 1,  2 ]",\n twice'
-    ev.write_json(path, {"b": np.array([[1.5, np.nan], [2, np.inf]]), "a": tricky})
-    text = path.read_text()
-    assert "[1.5, null]" in text and text.index('"a"') < text.index('"b"')
-    assert ev.read_json(path) == {"a": tricky, "b": [[1.5, None], [2, "inf"]]}
-    with pytest.raises(TypeError):
-        ev.write_json(path, {"bad": object()})
-    assert path.read_text() == text and [p.name for p in path.parent.iterdir()] == ["matrix.json"]
-
-
-def test_commit_is_unknown_outside_git_and_marks_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(ev, "REPOSITORY", tmp_path)
-    assert ev.git_commit() == "unknown"
-
-    def git(*words):
-        who = ["-c", "user.name=x", "-c", "user.email=x@y.z"]
-        subprocess.run(["git", "-C", tmp_path, *who, *words], check=True, capture_output=True)
-
-    (tmp_path / "code.py").write_text("1")
-    git("init")
-    git("add", ".")
-    git("commit", "-m", "first")
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results/all.jsonl").write_text(json.dumps({"script": "asr"}))
-    assert len(ev.git_commit()) == 40
-    (tmp_path / "code.py").write_text("2")
-    assert ev.git_commit().endswith("-dirty")
-    (tmp_path / "copy").mkdir()  # a copy of the files inside somebody else's repository
-    monkeypatch.setattr(ev, "REPOSITORY", tmp_path / "copy")
-    assert ev.git_commit() == "unknown"
