@@ -51,12 +51,10 @@ from model import LLaVA, to_device
 # ---- 1. Flags ------------------------------------------------------------------------------------
 
 PUBLISHED = (1, 2, 3, 4, 5, 6, 7, 8, 16)  # deviations of docs/asr.md that --published takes back
-SKILLS, POSTERIOR = ["parser", "stream", "shared"], ["soft", "hard"]
-PROTOTYPES, SPECTRUM = ["gaussian", "mean", "task", "global"], ["full", "raw", "radial", "angular"]
 ABOUT = """\
 The first choice is the default. Skills (Eq. 5) are guessed from question embeddings, known from
-the data, or told by question words; their posterior is used as it is or one-hot. A prototype is
-mean and variance or the mean of a skill, of a stage (task), or of everything (global). phi holds
+the data, or inferred from question words; their posterior is used as it is or one-hot. A prototype
+is mean and variance or the mean of a skill, of a stage (task), or of everything (global). phi holds
 all numbers, the raw maps without Fourier transform, or one of the two profiles."""
 
 
@@ -67,16 +65,14 @@ def parse(argv=None):
     add("--beta", type=data.weight, default=0.5, help="of L_spec, Eq. 29 (default: 0.5)")
     add("--gamma", type=data.weight, default=0.05, help="of L_geo, Eq. 29 (default: 0.05)")
     add("--lambda_ang", type=data.weight, default=0.1, help="of d in L_spec, Eq. 23 (default: 0.1)")
-    add("--tau", type=float, default=1.0, help="w = exp(-min_s D2_s / tau), Eq. 24 (default: 1)")
-    add("--skills", choices=SKILLS, default=SKILLS[0])
-    add("--posterior", choices=POSTERIOR, default=POSTERIOR[0])
-    add("--prototypes", choices=PROTOTYPES, default=PROTOTYPES[0])
-    add("--spectrum", choices=SPECTRUM, default=SPECTRUM[0])
+    add("--tau", type=data.endless, default=1.0, help="of w, Eq. 24; inf: w = 1 (default: 1)")
+    add("--skills", choices=["parser", "stream", "shared"], default="parser")
+    add("--posterior", choices=["soft", "hard"], default="soft")
+    add("--prototypes", choices=["gaussian", "mean", "task", "global"], default="gaussian")
+    add("--spectrum", choices=["full", "raw", "radial", "angular"], default="full")
     add("--layers", type=data.count, default=4, help="last layers that are captured (default: 4)")
     data.published_flag(add, PUBLISHED)
     args = parser.parse_args(argv)
-    if not args.tau > 0:
-        raise InputError(f"--tau {args.tau} must be above zero")
     if 16 in args.published and args.warm_up is None:
         args.warm_up = 0.0
     return args if args.plot else data.resolve_defaults(args)
@@ -88,8 +84,7 @@ EPS = 1e-8
 BINS = 8  # K = M, radial and angular
 
 # The "functional tokens" U(q) [11]: wh-words, relation words, verbs, numerals, head nouns (below).
-FUNCTIONAL = set(
-    """
+FUNCTIONAL = """
     what which who whose whom where when why how
     left right top bottom above below over under on in at behind front beside next near between
     inside outside with from of than
@@ -97,7 +92,6 @@ FUNCTIONAL = set(
     name count find read solve describe call called written shown made used
     zero one two three four five six seven eight nine ten many much
     """.split()
-)
 
 
 def question_core(question):
@@ -108,7 +102,7 @@ def question_core(question):
 
 def functional_spans(question):
     """U(q) as spans of characters [(start, end)]: the listed words, numbers, any -ing, and as head
-    nouns the word after what / which / many / much and the last word (a guess, needs no tagger).
+    nouns the word after what / which / many / much and the last word (a heuristic, no tagger).
     """
     words, spans, before = list(re.finditer(r"\w+", question_core(question))), [], ""
     for match in words:
@@ -265,8 +259,8 @@ def parsed_skills(questions, parser, soft):
 def shared_skills(samples, soft):
     """--skills shared: even over the skills whose words occur (hard: the first of them)."""
     cores = [question_core(sample.question).lower() for sample in samples]
-    pi = torch.tensor([[bool(re.search(w, core)) for w in SHARED.values()] for core in cores])
-    pi = pi.float()
+    hits = [[bool(re.search(words, core)) for words in SHARED.values()] for core in cores]
+    pi = torch.tensor(hits).float()
     pi[pi.sum(1) == 0, list(SHARED).index("recognize")] = 1
     return normalize(pi) if soft else one_hot(pi.argmax(1), len(SHARED)).float()
 
@@ -294,7 +288,7 @@ def skill_posterior(samples, t, args, skills, parser=None, questions=None, learn
 
 def update_parser(parser, questions, samples, skills):
     """Take questions [N, width] into the running means of their skills, "centroid" [S, width]."""
-    if parser is None:
+    if not parser:
         centroid = torch.zeros(len(skills), questions.shape[1])
         parser = {"centroid": centroid, "count": torch.zeros(len(skills))}
     for s, skill in enumerate(skills):
@@ -312,7 +306,7 @@ def update_prototypes(memory, phi, angular, pi, floor=0.0):
     The samples with pi_s > TAU_SKILL give skill s a mean, an unbiased variance (at least `floor`)
     and a mean angular profile, later a share 1 - EMA of them: 2 D + M + 1 floats per skill.
     """
-    if memory is None:
+    if not memory:
         S, D, M = pi.shape[1], phi.shape[1], angular.shape[1]
         memory = {"mean": phi.new_zeros(S, D), "var": phi.new_ones(S, D)}
         memory |= {"angular": phi.new_full((S, M), 1 / M), "count": phi.new_zeros(S)}
@@ -418,10 +412,7 @@ def attention_maps(captured, llava):
 
 
 def backward(llava, batch, args, beta, pi, memory, reference):
-    """Forward, Eq. 29 and backward for one micro-batch; returns its share of the step's log.
-
-    beta is 0 in the first stage, which has nothing to protect.
-    """
+    """Forward, Eq. 29 and backward for one micro-batch; returns its share of the step's log."""
     log = dict.fromkeys(("spectral", "distance", "weight", "geometry"), torch.zeros(()))
     with capture(llava, batch, args) if beta else nullcontext() as captured:
         output = llava.forward(batch)
@@ -446,7 +437,6 @@ def reference_embeddings(llava, samples, args):
     def look(batch):
         return [torch.stack(embeddings(llava.forward(batch), batch), 1)]
 
-    llava.model.eval()
     with llava.lora_off():
         return llava.over(samples, args.eval_batch_size, look)[0]
 
@@ -498,7 +488,7 @@ def main(args):
     lora = llava.add_lora(args)  # one adapter, trained through all stages
     data.show_sample(stream.stages[0].train[0], llava.processor)
 
-    skills, memory, parser = skill_names(args, stream), None, None
+    skills, memory, parser = skill_names(args, stream), {}, {}
     shown = {(stage.name, s.id) for stage in stream.stages for s in stage.test[:CASES]}
     first, begin = 0, 0  # the stage and the step to start from
     if state := run.resume():
@@ -517,7 +507,7 @@ def main(args):
         if args.gamma:  # how the pretrained model embeds images and questions, [N, 2, width]
             reference = reference_embeddings(llava, stage.train, args)
             run.lap("reference")
-        beta = args.beta if memory and memory["count"].any() else 0.0
+        beta = args.beta if memory and memory["count"].any() else 0.0  # nothing to protect at first
 
         # Train. A step is a few micro-batches; each adds its share to the gradient.
         steps = data.steps_of(stage, args)
@@ -555,7 +545,7 @@ def main(args):
 
     llava.save_lora(run.folder / "lora")
     trained = sum(p.numel() for p in lora)
-    stored = sum(x.numel() for x in [*(memory or {}).values(), *(parser or {}).values()])
+    stored = sum(x.numel() for x in [*memory.values(), *parser.values()])
     facts = {"trainable_parameters": trained, "stored_parameters": trained + stored}
     run.finish(drift=plot.drift(run.folder), skills=skills if args.beta else [], **facts)
     print("figures:", plot.asr([run.folder]))

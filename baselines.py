@@ -63,7 +63,7 @@ def parse(argv=None):
     add("--olora_lambda", type=data.weight, help="weight of |A_i A_t^T| (default: 0.5; tiny 0.05)")
     add("--experts", type=data.count, default=8, help="moelora: they share the rank (default: 8)")
     add("--hide_temperature", type=data.positive, help="last layer (default: 0.1; tiny 0.03)")
-    add("--hide_sum", type=float, help="W: n LoRAs count min(1, W / n) (default: inf; tiny 2)")
+    add("--hide_sum", type=data.endless, help="n LoRAs count min(1, W / n) (default: inf; tiny 2)")
     add("--blind", action="store_true", help="also test with black images")
     args = parser.parse_args(argv)
     if args.plot:
@@ -75,8 +75,6 @@ def parse(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, values[tiny])
     args = data.resolve_defaults(args)
-    if not args.hide_sum > 0:
-        raise InputError(f"--hide_sum {args.hide_sum} must be above zero")
     if args.method == "moelora" and args.rank % args.experts:
         raise InputError(f"cannot divide --rank {args.rank} by --experts {args.experts}")
     if args.blind and args.method == "hide":

@@ -52,7 +52,7 @@ from model import LLaVA, seed_by
 
 PUBLISHED = (4, 5, 7, 11, 12, 13)  # deviations of docs/cram.md that --published takes back
 BUFFER_RANK, R_MIN = 48, 4  # rank of the buffer; least rank of an expert in a layer
-THETA, JOIN = 0.1, 0.8  # a stage joins a group by its cosine: lead over the second, and least value
+THETA, JOIN = 0.1, 0.8  # cosine to the best group: least lead over the second, and least value
 TAU_ORTH = 0.99  # the novelty that a direction needs
 
 
@@ -61,15 +61,10 @@ def parse(argv=None):
     parser = data.common_flags("cram.py", __doc__.split("\n")[0])
     parser.set_defaults(stream="ucit", targets="q,k,v,o")
     add = parser.add_argument_group("CRAM (--rank is r_max, default 9, trigap 10)").add_argument
-    add("--routing_features", default="llava", metavar="NAME", help="or a CLIP model, by its name")
-    add(
-        "--buffer_share",
-        type=data.fraction,
-        default=0.05,
-        help="of a stage's steps (default: 0.05)",
-    )
+    add("--routing_features", default="llava", help="or the name of a CLIP model (default: llava)")
+    add("--buffer_share", type=data.fraction, default=0.05, help="of the steps (default: 0.05)")
     add("--tau_alloc", type=data.weight, help="least s S_i that is kept (default: 0.08; tiny 0.13)")
-    add("--sigma_share", type=data.positive, default=1 / 3, help="of centroids' distance (1/3)")
+    add("--sigma_share", type=data.positive, default=1 / 3, help="sigma / median distance (1/3)")
     add("--lambda_orth", type=data.weight, default=1.0, help="weight of L_orth (default: 1)")
     ways = ["centroid", "uniform", "oracle"]
     add("--routing", choices=ways, default="centroid", help="inside a group (default: centroid)")
@@ -122,7 +117,7 @@ class ClipFeatures:
         except Exception as error:  # no folder, no network, other shapes: many kinds
             line = str(error).strip().split("\n")[0]
             raise InputError(f"--routing_features {name}: no CLIP model: {line}") from None
-        # Of a question that is too long the end stays: it says the form of the answer.
+        # A question that is too long loses its beginning: its end states the form of the answer.
         self.processor.tokenizer.truncation_side = "left"
         longest = self.clip.config.text_config.max_position_embeddings
         self.text = {"return_tensors": "pt", "padding": True, "truncation": True}
@@ -236,7 +231,7 @@ class ExpertLinear(nn.Module):
     of them is two matrix products; `owner` [R] says whose row it is. The pair that is being
     trained (the buffer, or the newest expert) is apart.
 
-    routing: what all layers are told before a forward pass: weights pi [B, E] (None: no expert
+    routing: set for all layers before a forward pass: weights pi [B, E] (None: no expert
     takes part), buffer (warm-up: the trained pair alone, with weight 1), and for L_orth image_mask
     [B, S] (None: no penalty) and gamma [B].
     """
@@ -250,7 +245,7 @@ class ExpertLinear(nn.Module):
         self.register_buffer("owner", torch.zeros(0, dtype=torch.long, device=device))
         self.new_A = self.new_B = None
         self.old_outputs = None  # orthonormal basis [D_out, m] of the group's older B
-        self.inside = None  # this layer's part of L_orth in the last forward pass
+        self.inside = None  # this layer's share of L_orth in the last forward pass
 
     def forward(self, x):
         y, routing = self.base(x), self.routing
@@ -358,8 +353,8 @@ def adaptive_expert(A, B, scale, Q, args):
 
 
 def shrink_buffers(layers, older, args):
-    """Turn every layer's warm buffer into an expert, which the rest of the stage trains together
-    with, and apart from, the older ones of its group; returns the parameters."""
+    """Turn every layer's buffer into an expert, trained for the rest of the stage beside the frozen
+    ones of its group; returns the parameters."""
     lora = []
     for layer in layers:
         Q = basis(layer.A[layer.rows_of(older)].T)
@@ -477,7 +472,6 @@ def main(args):
     stream = data.load_stream(args)
     run = Run(args, stream, "cram")  # its folder: log, matrix, answers, checkpoint, record
     llava = LLaVA(args)  # frozen
-    torch.manual_seed(args.seed)
     routing = SimpleNamespace(weights=None, buffer=False, image_mask=None, gamma=None)
     llava.add_lora(args, ExpertLinear, routing=routing)  # layers that can hold experts; none yet
     layers = list(llava.layers.values())
@@ -509,7 +503,7 @@ def main(args):
 
         # Train. A step is a few micro-batches; each adds its share to the gradient.
         steps = data.steps_of(stage, args)
-        warm = warm_up_steps(len(steps), args)  # so many in the buffer, the rest in the expert
+        warm = warm_up_steps(len(steps), args)  # these steps train the buffer, the rest the expert
         if not begin:
             seed_by(f"{args.seed}/{stage.name}")
             for layer in layers:
@@ -520,7 +514,7 @@ def main(args):
             optimizer.load_state_dict(state["optimizer"])
         llava.model.train()
         for k in run.steps(t, len(steps), begin):
-            if k == warm and warm:  # no second rise of the rate: it begins with trained directions
+            if k == warm and warm:  # no second warm-up of the rate: it has trained directions
                 lora = shrink_buffers(layers, older, args)
                 optimizer = torch.optim.AdamW(lora, lr=args.lr, weight_decay=0.01)
             routing.buffer = k < warm

@@ -288,25 +288,26 @@ def schedule(k: int, n: int, warm_up: float) -> float:
 
 
 def number(kind: type, rule: str, holds: Callable) -> Callable:
-    """An argparse type: a finite `kind` for which `holds`; `rule` says so in words."""
+    """An argparse type: a `kind` for which `holds`; `rule` says so in words."""
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and holds(value)):
+        if not holds(value):  # no comparison holds for nan
             raise argparse.ArgumentTypeError(f"{text!r} must be {rule}")
         return value
 
     return parse
 
 
-positive = number(float, "a finite number above zero", lambda x: x > 0)
+positive = number(float, "a finite number above zero", lambda x: 0 < x < math.inf)
+endless = number(float, "a number above zero, or inf", lambda x: x > 0)
 count = number(int, "a whole number, 1 or larger", lambda x: x >= 1)
 fraction = number(float, "at least 0 and below 1", lambda x: 0 <= x < 1)
-weight = number(float, "a finite number, 0 or larger", lambda x: x >= 0)
-one_or_larger = number(float, "a finite number, 1 or larger", lambda x: x >= 1)
+weight = number(float, "a finite number, 0 or larger", lambda x: 0 <= x < math.inf)
+one_or_larger = number(float, "a finite number, 1 or larger", lambda x: 1 <= x < math.inf)
 
 
 def common_flags(prog: str, description: str) -> argparse.ArgumentParser:
@@ -315,26 +316,18 @@ def common_flags(prog: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog, "%(prog)s [--flag value ...]", description)
     parser.allow_abbrev = False  # a shortened flag may mean another one after the next release
     add = parser.add_argument_group("run and data").add_argument
-    add("--stream", default="vqacl", help=f"{', '.join(STREAMS)}, or a folder (default: vqacl)")
+    add("--stream", default="vqacl", help=f"{', '.join(STREAMS)}; a folder (default: %(default)s)")
     add("--data", metavar="DIR", help="folder with the released files (default: draw mini data)")
     add("--model", default="mini/tiny-llava", help="a LLaVA, folder or hub id (default: mini's)")
-    add("--out", metavar="DIR", help="run folder (default: runs/SCRIPT-STREAM-SEED)")
+    add("--out", metavar="DIR", help="run folder (default: under runs/, by method, stream, seed)")
     add("--seed", type=int, default=0, help="of initial LoRA, order and choices (default: 0)")
     add("--order", help="stages by name (A,B,..), reverse, or a seed (default: the papers' order)")
     add("--limit", type=count, metavar="N", help="training samples per stage (default: all)")
     add("--limit_test", type=count, metavar="N", help="test samples per stage (default: all)")
-    add(
-        "--object_groups",
-        choices=["paper", "released"],
-        help="vqacl: read group numbers as class positions or as raw COCO ids (default: paper)",
-    )
+    about = "vqacl: read group numbers as class positions or raw COCO ids (default: paper)"
+    add("--object_groups", choices=["paper", "released"], help=about)
     add("--hold_out", choices=list(GROUPS), help="vqacl: object group tested but never trained")
-    add(
-        "--imbalance",
-        type=one_or_larger,
-        metavar="RHO",
-        help="clt-vqa: n_max / n_min of the long tail over answers (default: 10)",
-    )
+    add("--imbalance", type=one_or_larger, metavar="X", help="clt-vqa: n_max / n_min (default: 10)")
     add("--resume", action="store_true", help="continue a killed run")
     add("--plot", nargs="+", metavar="RUN", help="only draw the figures of finished runs")
     about = "Defaults depend on stream and model (benchmarks.py); a run prints them."

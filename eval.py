@@ -44,7 +44,7 @@ import torch
 from tqdm import tqdm
 
 from data import InputError, input_errors
-from model import processes, share_out
+from model import gather, processes, share_out
 from scorers import caption_scores, score
 
 # ---- 1. One cell of the matrix: answer and score the test samples of one stage -------------------
@@ -210,7 +210,7 @@ class Run:
         return state
 
     def save(self, at, optimizer=None, **state):
-        """Write a checkpoint, whole or not at all. at: where to go on, (stage, step inside it)."""
+        """Write a checkpoint, whole or not at all. at: (stage, step inside it) to continue from."""
         if optimizer:
             state["optimizer"] = optimizer.state_dict()
         state |= {"at": at, "run_step": self.step, "seconds": self.seconds}
@@ -260,6 +260,7 @@ class Run:
         content = {"stages": [stage.name for stage in self.stages], "matrix": self.matrix}
         content |= {"scorers": [stage.metric for stage in self.stages]}
         write_json(self.folder / "matrix.json", content)
+        gather(None)  # under torchrun: from here on every process can read these files
         print(f"after {self.stages[t].name}: " + " ".join(map(show, self.matrix[t, : t + 1])))
         self.lap("evaluation")
 

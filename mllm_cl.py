@@ -84,7 +84,8 @@ def parse(argv=None):
     return data.resolve_defaults(args)
 
 
-SHAPING = "stream model seed order epochs lr batch_size limit rank alpha targets".split()
+SHAPING = """stream data drawn_sha256 model seed limit object_groups hold_out imbalance epochs lr
+    warm_up batch_size accumulate rank alpha dropout targets dtype""".split()  # of an expert
 
 
 def check(args, stream):
@@ -102,7 +103,7 @@ def check(args, stream):
         if record["script"] != "mllm_cl" or "seconds" not in record:
             raise InputError(f"--experts {args.experts} is no finished run of mllm_cl.py")
         for key in SHAPING:
-            was, now = record["args"][key], getattr(args, key)
+            was, now = record["args"].get(key), getattr(args, key, None)
             if was != now:
                 raise InputError(
                     f"--experts {args.experts} was trained with --{key} {was}, not {now}"
@@ -199,7 +200,7 @@ class Team:
     names: list  # of all tasks
     descriptions: list  # one line per task
     experts: list = field(default_factory=list)  # a lora_state per task so far, on the CPU [7]
-    router: dict | None = None  # lora_state of the trained router
+    router: dict | None = None  # lora_state of this stage's; never needed after a resume
     prototypes: list = field(default_factory=list)  # [d] per task, for --router prototype
     answers: dict = field(default_factory=dict)  # (stage, sample id, expert) -> text [1]
     cost: Counter = field(default_factory=Counter)  # generations, router_passes, failures
@@ -342,7 +343,7 @@ def summary(run, team, lora):
         confusion[t, i] = np.bincount(run.facts[f"{t + 1}-{i + 1}-choice"], minlength=T)
     return {
         "trainable_parameters": each,
-        "stored_parameters": each * (T + (team.router is not None)),
+        "stored_parameters": each * (T + (T > 1 and run.args.router in ("mllm", "generate"))),
         "confusion": confusion,
         "routing_accuracy": [100 * np.trace(c) / c.sum() for c in confusion],
         "cost": dict(team.cost),
@@ -367,11 +368,7 @@ def main(args):
     first, half, begin = 0, 0, 0  # the stage, its half and the step to start from
     if state := run.resume():
         first, half, begin = state["at"]
-        team.prototypes, team.answers, team.cost = (
-            state["prototypes"],
-            state["answers"],
-            state["cost"],
-        )
+        vars(team).update({name: state[name] for name in team.state()})
         for name in names[: first + half]:
             team.experts.append(read_lora(run.folder / "experts" / name))
 
@@ -379,7 +376,7 @@ def main(args):
         # Train twice, from the pretrained model [6]: an expert, then a router for all experts.
         for h, phase in list(enumerate(("expert", "router")))[half:]:
             samples, steps, peak = lessons(phase, t, stream, team, args)
-            # What is drawn hangs on the name alone: no expert depends on the order of the stages.
+            # What is drawn depends on the name alone: no expert depends on the order of the stages.
             seed_by(f"{args.seed}/{phase}-{t + 1 if h else stage.name}")
             lora = llava.add_lora(args)
             optimizer = torch.optim.AdamW(lora, lr=peak, weight_decay=0.0)
@@ -416,6 +413,7 @@ def main(args):
         run.note(**{f"{t + 1}-{t + 1}-picture": data.thumbnails(stage.test[:2], 96)})
         run.save((t + 1, 0, 0), **team.state())
 
+    print(f"generated and routed: {dict(team.cost)}")
     run.finish(**summary(run, team, lora))
     print("figures:", plot.mllm_cl([run.folder]))
 

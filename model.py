@@ -119,7 +119,8 @@ class LLaVA:
     @torch.no_grad()
     def over(self, samples, size, look):
         """look(batch) -> tensors [B, ...] for all samples in order, `size` at a time: a list of
-        tensors [N, ...] on the CPU. No gradient; torchrun's processes share the work."""
+        tensors [N, ...] on the CPU. Eval mode, no gradient; torchrun's processes share the work."""
+        self.model.eval()
 
         def look_at(start):
             batch = self.batch(samples[start : start + size], train=True)
@@ -224,12 +225,12 @@ class LLaVA:
     # ---- LoRA ------------------------------------------------------------------------------------
 
     def add_lora(self, args, kind=None, **options):
-        """A fresh adapter on the layers args.targets, in the place of an earlier one; returns its
+        """A fresh adapter on the layers args.targets, replacing an earlier one; returns its
         parameters, layer after layer. A is drawn from torch's global generator.
 
         kind: a class like LoRALinear, which is the default; `options` go to it.
         """
-        kind, self.layers = kind or LoRALinear, {}
+        kind, first, self.layers = kind or LoRALinear, not self.layers, {}
         for path in target_paths(self.model, args.targets.split(",")):
             base = self.model.get_submodule(path)
             base = getattr(base, "base", base)  # an earlier adapter is taken off
@@ -237,7 +238,8 @@ class LLaVA:
             self.model.set_submodule(path, layer.train(self.model.training))
             self.layers[path] = layer
         lora = [p for layer in self.layers.values() for p in layer.parameters() if p.requires_grad]
-        print(f"{sum(p.numel() for p in lora):,} parameters to train, on {args.targets}")
+        if first:
+            print(f"{sum(p.numel() for p in lora):,} parameters to train, on {args.targets}")
         return lora
 
     @contextmanager

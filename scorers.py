@@ -1,4 +1,4 @@
-"""Is an answer right? The scorers of all streams; a stage names its own ("metric" in data.py).
+"""Is an answer right? The scorers of all streams; benchmarks.py says which stage has which metric.
 
 RULES       a text against one gold answer, the best gold counts      exact, letter, iou, ...
 ALL_GOLDS   a text against all gold answers together                  vqa, textvqa, caption
@@ -11,7 +11,7 @@ from collections import Counter
 
 import numpy as np
 
-from data import InputError
+from benchmarks import InputError
 
 # VQA's gold answers are free text from ten annotators. The official evaluation (visualqa.org) makes
 # "Two dogs." equal to "2 dogs"; its oddities are kept, because all published numbers rest on them.

@@ -201,16 +201,6 @@ def test_blind_answers_are_those_to_black_images(make, tmp_path):
     assert set(blind) == {100} and sum(seeing) < 300  # of four kinds
 
 
-def test_bad_input():
-    for wrong, sentence in (
-        ("--method moelora --experts 3", "cannot divide --rank 16 by --experts 3"),
-        ("--method hide --blind", "--blind: hide chooses by the image"),
-        ("--hide_sum 0", "--hide_sum 0.0 must be above zero"),
-    ):
-        with pytest.raises(data.InputError, match=sentence):
-            baselines.parse(wrong.split())
-
-
 def test_the_method_of_the_docs_runs(flags, tmp_path, monkeypatch):
     """The ten lines of docs/baselines.md as they stand there: the penalty begins in stage 2."""
     page = (data.ROOT / "docs" / "baselines.md").read_text()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -304,19 +303,14 @@ def test_a_frozen_expert_never_changes_and_the_record_counts_it(run):
     assert weights.shape == (4, 3)
 
 
-def test_ablations(run, clip_folder, stream_folder, tmp_path):
+def test_ablations(run, clip_folder):
     _, record, weights, penalty = run(f"--no-reuse --fixed_rank --routing_features {clip_folder}")
     assert set(np.ravel(record["ranks"])) == {9} and set(np.unique(weights)) == {0, 1}
     assert penalty == 0 and record["energy"] == [None] * 3
     _, record, weights, penalty = run("--no-grouping --routing uniform --lambda_orth 0")
     assert record["groups"] == [0, 0, 0] and np.allclose(weights, 1 / 3) and penalty == 0
     assert record["routing_accuracy"] == {"group": 100, "expert": pytest.approx(100 / 3)}  # a tie
-    shutil.copytree(stream_folder, tmp_path / "text")  # with a stage of pure text
-    for file in (tmp_path / "text" / "one").glob("*.json"):
-        records = json.loads(file.read_text().replace("<image>\\n", ""))
-        file.write_text(json.dumps([{k: v for k, v in r.items() if k != "image"} for r in records]))
-    more = f"--no-grouping --routing oracle --buffer_share 0 --stream {tmp_path / 'text'}"
-    _, record, weights, penalty = run(more)
+    _, record, weights, penalty = run("--no-grouping --routing oracle --buffer_share 0")
     assert record["routing_accuracy"] == {"group": 100, "expert": 100} and penalty > 0
     assert record["trainable_parameters"] == 9 * record["per_rank"]  # no buffer
 

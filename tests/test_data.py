@@ -186,25 +186,10 @@ def test_stream_json_optional_fields_and_links(llava, tmp_path):
     assert stage.test[1].answers == ("A cat", "cat", "cat") and stage.test[1].answer == "cat"
 
 
-def test_suffixes_of_dcl(tmp_path):
-    for stage, question in (("Med", "what?"), ("Fin", "is it?"), ("RS", "A. x B. y?")):
-        home, turns = tmp_path / "domain" / stage, talk("1 + 1?", "2")
-        write(home / "train.json", [{"conversations": turns}])
-        write(home / "test.json", [{"question_id": 0, "text": question, "answer": "2"}])
-    stages = load("--stream", "dcl", "--data", tmp_path, "--order", "Med,Fin,RS").stages
-    assert [stage.metric for stage in stages] == ["gold-in", "fin", "word-in"]
-    med, fin, rs = (stage.test[0] for stage in stages)
-    assert med.question == "what? Answer the question with a single word (or phrase)."
-    assert fin.question == f"is it? {fin.suffix}" and fin.suffix.startswith("Only answer with yes")
-    assert (rs.question, rs.suffix) == ("A. x B. y?", "")
-    assert "given letter" in benchmarks.dcl_suffix("Fin", "A. up B. down?")
-
-
-def test_released_folders_of_coin_and_ucit(tmp_path, capsys):
+def test_released_folders_of_coin(tmp_path):
     box, signs = {"answer_bbox": "[0.1, 0.2, 0.3, 0.4]"}, {"answer": ["stop", "stop sign"]}
     home = tmp_path / "playground" / "Instructions_Original"
     picture(tmp_path / "cl_dataset" / "COCO2014" / "1.png")
-    picture(tmp_path / "datasets" / "1.png")
 
     def files(folder, image, names, gold):
         train = {"question_id": "1", "image": image, "conversations": talk("<image>\nwhere?", "a")}
@@ -221,15 +206,6 @@ def test_released_folders_of_coin_and_ucit(tmp_path, capsys):
     assert second.test[0].answers == ("stop", "stop sign")
     assert first.train[0].image == tmp_path / "cl_dataset" / "COCO2014" / "1.png"
 
-    home = tmp_path / "instructions" / "Flickr30k"
-    files(home, "1.png", ("train_brief_4w", "test_3000"), {"answer": "a cat"})
-    words = ["--stream", "ucit", "--data", tmp_path, "--order", "Flickr30k"]
-    assert load(*words).stages[0].test[0].answers == ("a cat",)
-    assert "val_coco_type_3000.json is missing: captions" in capsys.readouterr().out
-    captions = [{"image_id": 1, "caption": text} for text in ("two cats", "one cat ", "one cat")]
-    write(home / "val_coco_type_3000.json", {"annotations": captions})
-    assert load(*words).stages[0].test[0].answers == ("two cats", "one cat", "one cat")
-
 
 # Object groups, orders, limits, the long tail
 
@@ -245,16 +221,6 @@ def test_both_readings_of_the_object_groups():
     assert (released[1], released[64], released[21], released[23]) == ("G1", "G1", "G5", "G2")
     used = Counter(released[category] for category in ids)
     assert used == {"G1": 16, "G2": 15, "G3": 13, "G4": 12, "G5": 14, "": 10}
-
-
-def test_reading_of_the_groups_is_a_flag(vqa, capsys):
-    released = load("--stream", "vqacl", "--data", vqa, "--object_groups", "released").stages[0]
-    assert [s.group for s in released.train] == ["G1", "G5"]
-    write(vqa / "ImgId_cate_map.json", {"1": POTTED_PLANT, "2": 87})  # by number; 87: scissors
-    for reading, left in (("paper", 2), ("released", 1)):
-        stream = load("--stream", "vqacl", "--data", vqa, "--object_groups", reading)
-        assert len(stream.stages[0].train) == left
-    assert "2 questions on images without object group are left out" in capsys.readouterr().out
 
 
 def test_hold_out(vqa):
@@ -369,9 +335,8 @@ def test_loss_mask(kind, request):
         assert batch["attention_mask"][b].tolist() == [1] * length + [0] * (size - length)
         ids, labels = batch["input_ids"][b, :length], batch["labels"][b]
         n = int((labels != -100).sum())
-        assert labels.tolist() == [-100] * (length - n) + ids[-n:].tolist() + [-100] * (
-            size - length
-        )
+        before, padding = [-100] * (length - n), [-100] * (size - length)
+        assert labels.tolist() == before + ids[-n:].tolist() + padding
         assert ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(ids[-n:], skip_special_tokens=True).strip() == s.answer
         # generation sees exactly what stands before the loss, padded left
@@ -407,11 +372,6 @@ def test_images(tmp_path):
     Image.new("L", (4, 2), 255).save(path)
     square = data.pad_square(data.load_image(path), (1, 2, 3))
     assert [square.getpixel((0, y)) for y in (0, 1, 3)] == [(1, 2, 3), (255,) * 3, (1, 2, 3)]
-    Image.effect_noise((64, 64), 50).save(path)
-    for content in (b"", b"no image", path.read_bytes()[:1000]):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="gray.png is corrupt or truncated"):
-            data.load_image(path)
 
 
 # Bad input
@@ -476,8 +436,6 @@ def test_faulty_arguments(vqa, llava, tmp_path):
         (("--stream", "vqacI"), "unknown stream 'vqacI': use vqacl, vqav2, clt-vqa, domains"),
         (("--stream", "vqacl", "--data", tmp_path / "no"), "data folder .*no does not exist"),
         (("--stream", llava, "--data", vqa), "leave out --data"),
-        (("--stream", tmp_path), "has no stages"),
-        (("--stream", llava, "--order", "stage2,stage3"), "'stage3' is unknown"),
     ]:
         with pytest.raises(InputError, match=message):
             load(*words)
@@ -512,7 +470,6 @@ def test_faulty_models(model_folder, tmp_path):
         ("model64", "holds no .safetensors weights"),
         ("model32", "is no LLaVA: its model_type is 'llama'"),
         ("model16", "cannot be read: .*config.json"),
-        ("none", "does not exist"),
         ("nobody/no-llava", "model nobody/no-llava cannot be read"),  # offline here
     ):
         with pytest.raises(InputError, match=message):
@@ -535,7 +492,6 @@ def test_flags_that_do_not_fit_each_other(model_folder):
     for words, message in [
         ("--device gpu", "--device 'gpu'"),
         ("--targets q,x", "--targets has 'x'"),
-        ("--targets q,", "--targets has ''"),
         ("--batch_size 10 --accumulate 4", "--batch_size 10 must be a multiple of --accumulate 4"),
         ("--imbalance 5", "--imbalance belongs to --stream clt-vqa"),
         ("--hold_out G1", "--hold_out belongs to --stream vqacl"),

@@ -19,9 +19,6 @@ EXAMPLE = [[80, np.nan, np.nan], [85, 71, np.nan], [65, 74, 89]]  # the one in e
 STAGES = ["color", "count", "place"]
 
 
-# ---- Scorers -------------------------------------------------------------------------------------
-
-
 def test_official_vqa_normalization():
     forms = {"two": "2", "Ten dogs.": "10 dogs", "2.5": "2.5", "U.S.A.": "usa", "(left)": "left"}
     forms |= {"dont": "don't", "couldnt've": "couldn't've", "a the an": "", "1,000": "1000"}
@@ -149,8 +146,6 @@ def test_anls_equals_the_usual_package():
     assert score("anls", "1.0", ["0.28"]) == 0.25 and score("anls", "2015", ["2013"]) == 0.75
 
 
-# ---- One cell of the matrix ----------------------------------------------------------------------
-
 QUESTIONS = ["short", "the longest question", "a longer one", "mid one"]
 SAMPLES = [
     SimpleNamespace(id=str(k), question=q, answers=(q,), skill="read", image=None)
@@ -182,9 +177,6 @@ def test_evaluate_batches_by_length_and_keeps_the_order(whole):
         ev.evaluate(lambda samples: [], SAMPLES, "exact", 3, "test", whole=whole)
 
 
-# ---- Metrics -------------------------------------------------------------------------------------
-
-
 def test_worked_example_of_the_docstring():
     m = ev.metrics(EXAMPLE)
     assert (m["AP"], m["AF"], m["AF_vqacl"], m["Avg"]) == pytest.approx((76, 10, 8.5, 78))
@@ -196,14 +188,6 @@ def test_worked_example_of_the_docstring():
     lines = [line.strip() for line in ev.__doc__.split("\n")]
     for name in ("AP", "AF", "AF_vqacl", "Avg", "MFT", "BWT"):
         assert any(x.startswith(name + " ") and f"= {m[name]:g} " in x for x in lines), name
-
-
-def test_the_two_forgettings_differ_where_a_task_ends_at_its_best():
-    better = ev.metrics([[50, 0], [55, 60]])
-    assert better["AF"] == 0 and better["AF_vqacl"] == -5 and better["BWT"] == 5
-    # Highest in the middle: both see it, BWT does not.
-    middle = ev.metrics([[50, 0, 0], [70, 60, 0], [60, 60, 60]])
-    assert middle["AF"] == middle["AF_vqacl"] == 5 and middle["BWT"] == 5
 
 
 # MR-LoRA's tables (arXiv 2506.05453): scores after the last stage; MFT, MFN, BWT.
@@ -256,17 +240,6 @@ def test_paired_interval_against_printed_tables():
         ev.paired(range(11), range(11))
 
 
-# ---- Tables --------------------------------------------------------------------------------------
-
-
-def test_table_of_one_run():
-    text = ev.table(EXAMPLE, STAGES)
-    assert text.split("\n")[3] == "after 3 place         65.0  74.0  89.0"
-    assert text.split("\n")[-1].split() == "76.0 10.0 8.5 76.0 78.0 80.0 -6.0".split()
-    lines = ev.table(EXAMPLE, STAGES, markdown=True).split("\n")
-    assert lines[1] == "|---|---:|---:|---:|" and len({line.count("|") for line in lines[:5]}) == 1
-
-
 def record(seed, ap, script="asr", **args):
     args |= {"seed": seed, "lr": 0.1, "targets": ["q", "v"]}
     return {"script": script, "seed": seed, "args": args, "matrix": [[ap]], "seconds": 90}
@@ -279,19 +252,15 @@ def test_compare_pairs_seeds():
     text = ev.compare(records)
     head, *lines = (line.split("  ") for line in text.split("\n"))
     cells = [[cell.strip() for cell in line if cell] for line in lines]
-    assert cells[0] == "baselines,5 of 5,50.0 ± 0.0,0.0 ± 0.0,50.0 ± 0.0,0.0 ± 0.0,1.5 ± 0.0".split(
-        ","
-    )
+    constant = ["50.0 ± 0.0", "0.0 ± 0.0"]
+    assert cells[0] == ["baselines", "5 of 5", *constant, *constant, "1.5 ± 0.0"]
     assert cells[1][:4] == ["asr beta=0.5", "5 of 5", "53.0 ± 1.6", "+3.0 [+1.0, +5.0]"]
     assert cells[2][:4] == ["asr beta=0.0", "0 of 1", "-", "-"]
     with pytest.raises(InputError, match="two runs of 'asr' have seed 0"):
         ev.compare([record(0, 50.0), record(0, 51.0)])
 
 
-# ---- Command line --------------------------------------------------------------------------------
-
-
-def make_run(run, matrix=EXAMPLE, finished=True, **args):
+def make_run(run, matrix=EXAMPLE, **args):
     """A run folder whose predictions give the matrix: cells are whole percents of 100 answers."""
     about = {"script": "asr", "commit": "c", "command": "python asr.py"}
     args = {"stream": "vqacl", "model": "m", "seed": 0, "lr": 1e-3} | args
@@ -302,8 +271,7 @@ def make_run(run, matrix=EXAMPLE, finished=True, **args):
         texts = ["yes" if k < matrix[t][i] else "no" for k in range(100)]
         rows = [{"text": text, "answers": ["yes"], "score": 0} for text in texts]
         ev.write_predictions(run, t, i, rows)
-    if finished:
-        ev.write_json(run / "summary.json", ev.read_run(run) | {"seconds": 90.0})
+    ev.write_json(run / "summary.json", ev.read_run(run) | {"seconds": 90.0})
     return run
 
 
@@ -327,26 +295,3 @@ def test_command_line_compares_and_rescores(tmp_path, capsys):
     path.write_text("{}\n{\n")
     with pytest.raises(InputError, match=r"after-3-on-2.jsonl, line 2"):
         ev.main([str(first)])
-    path.unlink()
-    with pytest.raises(InputError, match="cannot read .*after-3-on-2.jsonl"):
-        ev.main([str(first)])
-
-
-def test_unfinished_runs_are_shown_with_what_they_have(tmp_path, capsys):
-    partial = [[80, np.nan, np.nan], [85, 71, np.nan], [np.nan] * 3]
-    run = make_run(tmp_path / "a", partial, finished=False)
-    other = make_run(tmp_path / "b", seed=1)
-    assert ev.main([str(run)]) == 0 and "after 2 count" in capsys.readouterr().out
-    assert ev.main([str(run), str(other)]) == 0
-    assert "asr    1 of 2  76.0" in capsys.readouterr().out
-    (run / "matrix.json").unlink()
-    with pytest.raises(InputError, match="first stage is not finished"):
-        ev.main([str(run)])
-
-
-def test_a_folder_that_is_no_run_ends_with_one_sentence_and_code_2(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop, data.input_errors():
-        ev.main([str(tmp_path)])
-    assert stop.value.code == 2
-    wanted = f"error: {tmp_path} is no run folder: there is no args.json in it\n"
-    assert capsys.readouterr() == ("", wanted)

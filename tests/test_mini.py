@@ -78,31 +78,6 @@ def test_streams_are_deterministic_and_read_like_released_ones(name, tmp_path, m
         assert groups == {"G1", "G2", "G3", "G4", "G5"}
 
 
-def test_a_stream_is_drawn_completely_or_not_at_all(tmp_path, monkeypatch):
-    folder, manifest = tmp_path / "dcl", tmp_path / "dcl" / "manifest.json"
-
-    def complete(name, fresh):
-        fresh.mkdir()
-        (fresh / "picture").write_text(name)
-
-    def interrupted(name, fresh):
-        complete(name, fresh)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(streams, "draw_stream", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        streams.replace_stream("dcl", folder)
-    assert not folder.exists()
-    monkeypatch.setattr(streams, "draw_stream", complete)
-    for _ in range(2):
-        streams.replace_stream("dcl", folder)
-        assert list(tmp_path.iterdir()) == [folder] and "older" not in manifest.read_text()
-        manifest.write_text('{"stream": "dcl", "version": "older"}')
-    manifest.unlink()
-    with pytest.raises(SystemExit, match="was not drawn by this script"):
-        streams.replace_stream("dcl", folder)
-
-
 def test_the_recipe_makes_the_shipped_tokenizer_and_model():
     torch.manual_seed(0)
     model, processor = pretrain.build_model()
@@ -113,13 +88,6 @@ def test_the_recipe_makes_the_shipped_tokenizer_and_model():
     assert shapes[0] == shapes[1]
     for text in ("what color is the car? red", "Wie heißt das? 東京 🙂", "x = 3.14; y\t!"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
-    # packing is only for speed: a packed turn has the logits of the prompt alone
-    pairs = [("what color is the car?", "red"), ("how many cups are there?", "3")]
-    features = torch.randn(1, 64, 128)
-    with torch.no_grad():
-        packs = [pretrain.pack(tokenizer, [turns]) for turns in (pairs, pairs[:1], pairs[1:])]
-        both, *alone = [pretrain.answer_logits(model.eval(), p, features)[0] for p in packs]
-    assert torch.allclose(both, torch.cat(alone), atol=1e-5)
 
 
 def test_the_table_in_the_readme_is_that_of_the_records():

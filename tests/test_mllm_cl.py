@@ -147,13 +147,10 @@ def test_the_routers(tiny, team, samples, monkeypatch):
         np.testing.assert_allclose(generate[n], wanted, atol=1e-5)
     assert team.cost["failures"] == 5
     features = mllm_cl.frozen_features(tiny, tiny.batch(samples, train=True))
-    image, text = (
-        tiny.features([samples[0].image])[0].mean(0),
-        tiny.text_means([samples[0].question]),
-    )
-    torch.testing.assert_close(
-        features[0], torch.cat([normalize(image, dim=0), normalize(text)[0]])
-    )
+    image = tiny.features([samples[0].image])[0].mean(0)
+    text = tiny.text_means([samples[0].question])
+    wanted = torch.cat([normalize(image, dim=0), normalize(text)[0]])
+    torch.testing.assert_close(features[0], wanted)
     team.prototypes = [*features[:3]]
     cosines = cosine_similarity(features[:, None], features[None, :3], -1)
     np.testing.assert_allclose(choose("prototype"), (20 * cosines).softmax(1), atol=1e-5)

@@ -6,16 +6,13 @@ import numpy as np
 import pytest
 
 import plot
-from data import InputError
 
 pytestmark = pytest.mark.filterwarnings("error")
 FLAGS = {"stream": "toy", "seed": 0, "model": "none", "beta": 0.5, "gamma": 0.05, "rank": 2}
 FLAGS |= {"method": "replay", "router": "mllm", "shots": 4, "blind_shots": True}
-RECORD = {"groups": [0, 0], "ranks": [[2, 1], [1, 1]], "instructions": ["a $", "$ b"], "seconds": 1}
-RECORD |= {"per_rank": 10, "stored_parameters": [30, 50], "trained_parameters": [30, 20]}
-RECORD |= {"energy": [None, 0.2], "trainable_parameters": 40, "seconds_by_part": {"routing": 1}}
+RECORD = {"seconds": 1, "seconds_by_part": {"routing": 1}, "stored_parameters": [30, 50]}
+RECORD |= {"trainable_parameters": 40, "commit": "", "command": ""}
 RECORD |= {"confusion": [[[2, 0], [0, 0]], [[1, 1], [0, 2]]], "routing_accuracy": [100, 75]}
-RECORD |= {"commit": "", "command": ""}
 COARSE, MIXED, BLIND = np.eye(8)[0], np.repeat([0.5, 0], [2, 6]), np.full(8, np.nan)
 
 
@@ -75,33 +72,3 @@ def test_figures_of_several_runs_and_of_one_stage(tmp_path):
     runs = [make_run(tmp_path / str(n), "mllm_cl", facts, shots=n) for n in (4, 8)]
     figures = every | {"cases", "confusion", "parameters", "routers", "shots"}
     assert drawn(plot.mllm_cl(runs, tmp_path / "figures")) == figures
-
-
-def test_labels_and_wrong_runs(tmp_path):
-    flags = ({}, {"seed": 1}, {"rank": 4}, {})
-    runs = [make_run(tmp_path / str(k), "cram", {}, **flag) for k, flag in enumerate(flags)]
-    groups, _, _ = plot.read_runs(runs, tmp_path / "figures")
-    twice = f"CRAM, rank 2 ({runs[3]})"  # equal flags and seed: perhaps the code was edited
-    sizes = {label: len(records) for label, records in groups.items()}
-    assert sizes == {"CRAM, rank 2": 2, "CRAM, rank 4": 1, twice: 1}
-    with pytest.raises(InputError, match="holds no 'phi'"):
-        plot.asr(runs[:1])
-    with pytest.raises(InputError, match="different stages"):
-        plot.baselines([runs[0], make_run(tmp_path / "other", "cram", {}, [[100]])])
-    (runs[0] / "summary.json").unlink()
-    with pytest.raises(InputError, match="no 'ranks' in its record"):
-        plot.cram(runs[:1])
-
-
-def test_docs_are_drawn_from_the_records(tmp_path):
-    record = json.loads((make_run(tmp_path / "run", "cram", {}) / "summary.json").read_text())
-    asr = record | {"row": "ASR", "drift": {"one": [0.1, 5.0], "two": [0.2, None]}}
-    sweeps = {"cram": [record | {"row": row, "stream": "ucit"} for row in ("sequential", "CRAM")]}
-    sweeps["report"] = [asr | {"stream": "domains"}, asr | {"stream": "vqacl"}]
-    sweeps["report-drift"] = [asr | {"stream": "domains", "args": FLAGS | {"beta": 0.0}}]
-    for folder in ("results", "docs/figures"):
-        (tmp_path / folder).mkdir(parents=True)
-    for name, records in sweeps.items():
-        text = "\n".join(map(json.dumps, records))
-        (tmp_path / "results" / f"{name}.jsonl").write_text(text)
-    assert drawn(plot.docs(tmp_path)) == {"asr-drift", "matrices"}

@@ -217,9 +217,8 @@ def test_bfloat16_as_published_with_a_group_held_out(small, tmp_path, monkeypatc
         return stream
 
     monkeypatch.setattr(data, "load_stream", load_stream)
-    monkeypatch.setitem(
-        FLAGS, "asr", "--dtype bf16 --batch_size 4 --accumulate 2 --order one,two --published"
-    )
+    flags = "--dtype bf16 --batch_size 4 --accumulate 2 --order one,two --published"
+    monkeypatch.setitem(FLAGS, "asr", flags)
     run = run_named("asr", small, tmp_path / "run")
     lines = lines_of(run)
     assert len(lines) == 6 and lines[-1]["spectral"] > 0 and lines[-1]["geometry"] > 0
