@@ -32,6 +32,7 @@ import math
 import random
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ import data
 import plot
 from data import InputError, Stage
 from eval import SAVE_EVERY, Run, accuracy, evaluate, predictions_file, read_json, write_predictions
+from features import question_and_image
 from model import LLaVA, LoRALinear, seed_by, to_device
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
@@ -339,7 +341,8 @@ class HiDe(OLoRA):
 
     def __init__(self, args, llava, stream):
         super().__init__(args, llava, stream)
-        self.anchors = []  # per stage what its images and its questions are like, [c] and [d]
+        self.anchors = []  # per stage what its questions and its images are like, [d] and [C]
+        self.features_of = partial(question_and_image, llava, missing=0.0)
 
     def add_lora(self):
         return self.llava.add_lora(self.args, StackedLoRALinear, alone=True)
@@ -348,27 +351,19 @@ class HiDe(OLoRA):
         return {}
 
     def after(self, t, stage):
-        features = self.llava.over(stage.train, 64, self.frozen_features)
+        features = self.llava.over(stage.train, 64, self.features_of)
         self.anchors.append([x.mean(0).to(self.llava.device) for x in features])
 
-    def frozen_features(self, batch):
-        """Mean tower features, [B, c] (zeros without an image), and mean embeddings of the question
-        less the mean of the embedding table, [B, d]."""
-        table = self.llava.model.get_input_embeddings().weight
-        words = self.llava.text_means([sample.question for sample in batch["samples"]])
-        words = words - table.mean(0, dtype=torch.float32)
-        return self.llava.image_means(batch, 0.0), words
-
-    def likeness(self, images, words):
-        """Mean cosine of B samples' images and questions with those of n stages: [B, n]; of pure
+    def likeness(self, words, images):
+        """Mean cosine of B samples' questions and images with those of n stages: [B, n]; of pure
         text that of the question alone."""
-        pairs = zip((images, words), zip(*self.anchors))
-        image, text = (cosine_similarity(x[:, None], torch.stack(a)[None], -1) for x, a in pairs)
+        pairs = zip((words, images), zip(*self.anchors))
+        text, image = (cosine_similarity(x[:, None], torch.stack(a)[None], -1) for x, a in pairs)
         return torch.where(images.any(1, keepdim=True), (image + text) / 2, text)
 
     def answer(self, samples):
         batch, n = self.llava.batch(samples, train=False), len(self.anchors)
-        alike = self.likeness(*self.frozen_features(batch))
+        alike = self.likeness(*self.features_of(batch))
         fused = torch.full((1, n), min(1.0, self.args.hide_sum / n), device=self.llava.device)
         for path, layer in self.llava.layers.items():
             last = f".layers.{self.llava.depth - 1}." in path

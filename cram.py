@@ -40,12 +40,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import CLIPModel, CLIPProcessor
 
 import data
 import plot
 from data import InputError
 from eval import SAVE_EVERY, Run
+from features import ClipFeatures, question_and_image
 from model import LLaVA, seed_by
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
@@ -90,51 +90,6 @@ def parse(argv=None):
 
 
 # ---- 2. The quantity: frozen features, and the weights of the experts that follow from them ------
-
-
-def llava_features(llava, batch):
-    """A batch -> u [B, d] of its instructions and q [B, c] of its images, by the model itself [6].
-
-    u: mean token embedding of the question, suffix and all, less the mean of the embedding table;
-    q: mean feature of the frozen tower, nan for pure text.
-    """
-    center = llava.model.get_input_embeddings().weight.float().mean(0)
-    u = llava.text_means([sample.question for sample in batch["samples"]]) - center
-    return u.cpu(), llava.image_means(batch, math.nan).cpu()
-
-
-class ClipFeatures:
-    """The same by a CLIP model, as published: its projected embeddings of question and image."""
-
-    def __init__(self, name, device):
-        try:
-            self.clip, report = CLIPModel.from_pretrained(
-                name, use_safetensors=True, output_loading_info=True
-            )
-            if report["missing_keys"]:  # they would be filled with random numbers
-                raise ValueError("weights are missing")
-            self.processor = CLIPProcessor.from_pretrained(name, backend="pil")
-        except Exception as error:  # no folder, no network, other shapes: many kinds
-            line = str(error).strip().split("\n")[0]
-            raise InputError(f"--routing_features {name}: no CLIP model: {line}") from None
-        # A question that is too long loses its beginning: its end states the form of the answer.
-        self.processor.tokenizer.truncation_side = "left"
-        longest = self.clip.config.text_config.max_position_embeddings
-        self.text = {"return_tensors": "pt", "padding": True, "truncation": True}
-        self.text["max_length"] = longest
-        self.clip.requires_grad_(False).to(device).eval()
-
-    @torch.no_grad()
-    def __call__(self, batch):
-        samples, device = batch["samples"], self.clip.device
-        text = self.processor(text=[sample.question for sample in samples], **self.text)
-        u = self.clip.get_text_features(**text.to(device)).pooler_output.float().cpu()
-        q, pictured = torch.full_like(u, math.nan), [s.image is not None for s in samples]
-        if any(pictured):
-            images = [data.load_image(sample.image) for sample in samples if sample.image]
-            images = self.processor(images=images, return_tensors="pt").to(device)
-            q[pictured] = self.clip.get_image_features(**images).pooler_output.float().cpu()
-        return u, q
 
 
 def choose_group(u, prototypes, most=99, lead_is_enough=False):
@@ -441,7 +396,8 @@ def summary(layers, memory, facts, args):
 def answer(llava, args, names, memory, routing, features_of, samples):
     """Answers, and the route of every question: its group and the weights [E] of the experts."""
     batch = llava.batch(samples, train=False)
-    group, pi = weights_for(*features_of(batch), memory, args)
+    u, q = features_of(batch)
+    group, pi = weights_for(u.cpu(), q.cpu(), memory, args)
     if args.routing == "oracle":
         k = names.index(samples[0].stage)
         group = memory["group"][k].expand(len(samples))
@@ -477,7 +433,7 @@ def main(args):
     layers = list(llava.layers.values())
     data.show_sample(stream.stages[0].train[0], llava.processor)
 
-    features_of = partial(llava_features, llava)
+    features_of = partial(question_and_image, llava)  # [6]
     if args.routing_features != "llava":
         features_of = ClipFeatures(args.routing_features, llava.device)
     names = [stage.name for stage in stream.stages]

@@ -9,8 +9,7 @@ they are read from the config, and the tests run the same code on SigLIP + Qwen2
 
     1. LLaVA              what every script calls: batches, forward, generate, LoRA
     2. LoRA               LoRALinear, target_paths, read_lora
-    3. Tower features     FeatureCache: the frozen tower sees every image once
-    4. Loading, torchrun  load_llava, start_process, gather, share_out
+    3. Loading, torchrun  load_llava, start_process, gather, share_out
 
 attention.py is the window into its attention that asr.py looks through.
 
@@ -36,7 +35,8 @@ from transformers import LlavaForConditionalGeneration as Llava
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from attention import one_pass_per_block
-from data import TARGETS, Collator, InputError, load_image, pad_square, text_width
+from data import TARGETS, Collator, InputError, text_width
+from features import FeatureCache
 
 # ---- 1. LLaVA ------------------------------------------------------------------------------------
 
@@ -357,55 +357,7 @@ def read_lora(folder):
     return {key.removeprefix(PEFT): value for key, value in state.items()}
 
 
-# ---- 3. Tower features, once per image -----------------------------------------------------------
-
-FEATURE_GB = 4.0  # how much of them is kept in memory; a 7B image is 576 x 1024 bfloat16 = 1.2 MB
-
-
-class FeatureCache:
-    """Image files -> [B, P, C], what the frozen tower hands to the projector; once per file.
-
-    The tower never changes, so three epochs need not pay for it three times. The projector comes
-    after the cache, in forward(): LoRA on it gets its gradient. When FEATURE_GB are full, nothing
-    is added and nothing thrown out; the images left over go through the tower each time (1.4% of a
-    step of LLaVA-1.5-7B). Epochs visit the images in a cycle: throwing out the oldest would throw
-    out each one shortly before its turn.
-    """
-
-    def __init__(self, model, processor):
-        self.model, self.processor, self.rows = model, processor, {}
-        self.room, self.tower_runs = FEATURE_GB * 1e9, 0  # bytes; images through the tower
-        # As in LLaVA's own training: the border gets the mean color, which normalizes to zero.
-        self.border = tuple(int(255 * c) for c in processor.image_processor.image_mean)
-
-    def __call__(self, paths):
-        """Raises InputError for an unreadable image."""
-        fresh, missing = {}, [path for path in dict.fromkeys(paths) if path not in self.rows]
-        for start in range(0, len(missing), 32):
-            chunk = missing[start : start + 32]
-            fresh |= zip(chunk, self.tower([load_image(path) for path in chunk]))
-        for path, row in fresh.items():
-            if row.nbytes <= self.room:
-                self.room -= row.nbytes
-                self.rows[path] = row.cpu().clone()
-        rows = [fresh[path] if path in fresh else self.rows[path] for path in paths]
-        return torch.stack([row.to(self.model.device) for row in rows])
-
-    @torch.no_grad()
-    def tower(self, images):
-        """List of PIL images -> [n, P, C]: what this LLaVA gives its projector."""
-        llava, config = self.model.model, self.model.config
-        llava.vision_tower.eval()  # model.train() is for the dropout of LoRA, not for the tower
-        squares = [pad_square(image.convert("RGB"), self.border) for image in images]
-        pixels = self.processor.image_processor(images=squares, return_tensors="pt").pixel_values
-        pixels = pixels.to(self.model.device, self.model.dtype)
-        layers = llava.vision_tower(pixels, output_hidden_states=True).hidden_states
-        features = layers[config.vision_feature_layer]
-        self.tower_runs += len(images)
-        return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
-
-
-# ---- 4. Loading; several GPUs: torchrun --nproc_per_node N asr.py ... --accumulate N -------------
+# ---- 3. Loading; several GPUs: torchrun --nproc_per_node N asr.py ... --accumulate N -------------
 
 
 def load_llava(name, device="cpu", dtype=None):

@@ -145,9 +145,9 @@ def test_hide_weighs_each_question_in_the_last_layer_alone(make, samples):
             wanted = wanted + each[:, k, None, None] * layer.scale * x @ A.T @ B.T
         torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
     images, words = torch.tensor([[1.0, 0], [0, 0]]), torch.tensor([[0, 2.0], [3, 0]])
-    hide.anchors = [[torch.tensor([5.0, 0]), words[0]], [torch.tensor([0, 1.0]), torch.ones(2)]]
+    hide.anchors = [[words[0], torch.tensor([5.0, 0])], [torch.ones(2), torch.tensor([0, 1.0])]]
     cosines = torch.tensor([[1.0, 0.5**1.5], [0.0, 0.5**0.5]])  # no image: the question alone
-    torch.testing.assert_close(hide.likeness(images, words), cosines)
+    torch.testing.assert_close(hide.likeness(words, images), cosines)
 
 
 def test_moelora_starts_as_the_base_and_its_gate_mixes_experts():

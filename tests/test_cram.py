@@ -17,6 +17,7 @@ from torch.nn.functional import layer_norm, one_hot
 import cram
 import data
 import eval as evaluation
+from features import ClipFeatures, question_and_image
 
 NAN = torch.full((1, 3), torch.nan)
 
@@ -94,14 +95,14 @@ def test_weights_in_training_and_in_tests():
 def test_an_answer_does_not_depend_on_its_batch(tiny, samples):
     _, routing = with_experts(tiny, 3)
     memory = {"group": torch.tensor([0, 0, 1]), "count": torch.ones(2)}
-    u, q = cram.llava_features(tiny, tiny.batch(samples[:5], train=True))
+    u, q = question_and_image(tiny, tiny.batch(samples[:5], train=True))
     memory |= {"prototype": u[:2].clone(), "centroid": q[[0, 1, 3]]}
     table = tiny.model.get_input_embeddings().weight
     ids = tiny.processor.tokenizer(samples[1].question, add_special_tokens=False)["input_ids"]
     torch.testing.assert_close(u[1], table[ids].mean(0) - table.mean(0))
     torch.testing.assert_close(q[1], tiny.features([samples[1].image])[0].mean(0))
 
-    look = partial(cram.llava_features, tiny)
+    look = partial(question_and_image, tiny)
     answer = partial(cram.answer, tiny, args_with(), [], memory, routing, look)
     samples = samples[:40:5] + [*samples[1:4], replace(samples[4], image=None)]
     texts, notes = answer(samples)
@@ -265,7 +266,7 @@ def clip_folder(tmp_path_factory):
 
 
 def test_features_of_a_clip_model(clip_folder, samples):
-    features = cram.ClipFeatures(clip_folder, "cpu")
+    features = ClipFeatures(clip_folder, "cpu")
     u, q = features({"samples": [replace(samples[0], image=None), samples[1]]})
     assert u.shape == (2, 12) and q[0].isnan().all()
     clip, shown = tf.CLIPModel.from_pretrained(clip_folder), data.load_image(samples[1].image)
@@ -324,4 +325,4 @@ def test_bad_input(tmp_path):
         with pytest.raises(data.InputError, match=sentence):
             cram.parse(wrong.split())
     with pytest.raises(data.InputError, match="no CLIP model"):
-        cram.ClipFeatures(str(tmp_path), "cpu")
+        ClipFeatures(str(tmp_path), "cpu")

@@ -1,0 +1,105 @@
+"""What frozen encoders make of images and questions, computed once and never trained.
+
+    FeatureCache         LLaVA's own tower: every image file goes through it once
+    question_and_image   one vector per question and per image, by LLaVA's own frozen parts
+    ClipFeatures         the same by a CLIP model
+
+Letters in shapes: B batch, P image patches, C width of the tower, d width of a question's vector.
+"""
+
+import math
+
+import torch
+from transformers import CLIPModel, CLIPProcessor
+
+from data import InputError, load_image, pad_square
+
+FEATURE_GB = 4.0  # how much of them is kept in memory; a 7B image is 576 x 1024 bfloat16 = 1.2 MB
+
+
+class FeatureCache:
+    """Image files -> [B, P, C], what the frozen tower hands to the projector; once per file.
+
+    The tower never changes, so three epochs need not pay for it three times. The projector comes
+    after the cache, in forward(): LoRA on it gets its gradient. When FEATURE_GB are full, nothing
+    is added and nothing thrown out; the images left over go through the tower each time (1.4% of a
+    step of LLaVA-1.5-7B). Epochs visit the images in a cycle: throwing out the oldest would throw
+    out each one shortly before its turn.
+    """
+
+    def __init__(self, model, processor):
+        self.model, self.processor, self.rows = model, processor, {}
+        self.room, self.tower_runs = FEATURE_GB * 1e9, 0  # bytes; images through the tower
+        # As in LLaVA's own training: the border gets the mean color, which normalizes to zero.
+        self.border = tuple(int(255 * c) for c in processor.image_processor.image_mean)
+
+    def __call__(self, paths):
+        """Raises InputError for an unreadable image."""
+        fresh, missing = {}, [path for path in dict.fromkeys(paths) if path not in self.rows]
+        for start in range(0, len(missing), 32):
+            chunk = missing[start : start + 32]
+            fresh |= zip(chunk, self.tower([load_image(path) for path in chunk]))
+        for path, row in fresh.items():
+            if row.nbytes <= self.room:
+                self.room -= row.nbytes
+                self.rows[path] = row.cpu().clone()
+        rows = [fresh[path] if path in fresh else self.rows[path] for path in paths]
+        return torch.stack([row.to(self.model.device) for row in rows])
+
+    @torch.no_grad()
+    def tower(self, images):
+        """List of PIL images -> [n, P, C]: what this LLaVA gives its projector."""
+        llava, config = self.model.model, self.model.config
+        llava.vision_tower.eval()  # model.train() is for the dropout of LoRA, not for the tower
+        squares = [pad_square(image.convert("RGB"), self.border) for image in images]
+        pixels = self.processor.image_processor(images=squares, return_tensors="pt").pixel_values
+        pixels = pixels.to(self.model.device, self.model.dtype)
+        layers = llava.vision_tower(pixels, output_hidden_states=True).hidden_states
+        features = layers[config.vision_feature_layer]
+        self.tower_runs += len(images)
+        return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
+
+
+def question_and_image(llava, batch, missing=math.nan):
+    """A batch -> u [B, d] of its questions, q [B, C] of its images.
+
+    u: mean token embedding of the question, suffix and all, less the mean of the embedding table,
+    as all embeddings share a large part; q: mean feature of the tower, `missing` for pure text.
+    """
+    center = llava.model.get_input_embeddings().weight.mean(0, dtype=torch.float32)
+    u = llava.text_means([sample.question for sample in batch["samples"]]) - center
+    return u, llava.image_means(batch, missing)
+
+
+class ClipFeatures:
+    """The same by a CLIP model, as published: its projected embeddings of question and image."""
+
+    def __init__(self, name, device):
+        try:
+            self.clip, report = CLIPModel.from_pretrained(
+                name, use_safetensors=True, output_loading_info=True
+            )
+            if report["missing_keys"]:  # they would be filled with random numbers
+                raise ValueError("weights are missing")
+            self.processor = CLIPProcessor.from_pretrained(name, backend="pil")
+        except Exception as error:  # no folder, no network, other shapes: many kinds
+            line = str(error).strip().split("\n")[0]
+            raise InputError(f"--routing_features {name}: no CLIP model: {line}") from None
+        # A question that is too long loses its beginning: its end states the form of the answer.
+        self.processor.tokenizer.truncation_side = "left"
+        longest = self.clip.config.text_config.max_position_embeddings
+        self.text = {"return_tensors": "pt", "padding": True, "truncation": True}
+        self.text["max_length"] = longest
+        self.clip.requires_grad_(False).to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, batch):
+        samples, device = batch["samples"], self.clip.device
+        text = self.processor(text=[sample.question for sample in samples], **self.text)
+        u = self.clip.get_text_features(**text.to(device)).pooler_output.float().cpu()
+        q, pictured = torch.full_like(u, math.nan), [s.image is not None for s in samples]
+        if any(pictured):
+            images = [load_image(sample.image) for sample in samples if sample.image]
+            images = self.processor(images=images, return_tensors="pt").to(device)
+            q[pictured] = self.clip.get_image_features(**images).pooler_output.float().cpu()
+        return u, q
