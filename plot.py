@@ -466,7 +466,7 @@ def docs(root="."):
 
 def main(argv=None):
     parser = argparse.ArgumentParser("plot.py", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="(default: README and docs)")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="(default: redraw two docs/figures)")
     parser.add_argument("--out", metavar="DIR", help="(default: figures/ of the first run)")
     args = parser.parse_args(argv)
     scripts = {read_run(folder)["script"] for folder in args.runs}

@@ -32,7 +32,7 @@ from data import InputError, input_errors  # noqa: E402
 RESULTS = ROOT / "results"
 LOCK = threading.Lock()  # two cells may finish at the same time
 # what a record keeps of summary.json, where a run has it
-KEYS = """stream seed script command commit model_sha256 args stages scorers matrix metrics seconds
+KEYS = """stream seed script command commit args stages scorers matrix metrics seconds
     seconds_by_part threads peak_memory_mb trainable_parameters stored_parameters drift cost
     routing_accuracy groups energy per_rank old_experts_weight blind novel captions""".split()
 
@@ -80,8 +80,8 @@ def add(name: str, cell: tuple, folder: Path) -> None:
 def run_cell(name: str, cell: tuple, command: str) -> str:
     """Run a cell and add its record; returns "" or what went wrong.
 
-    A run that was killed goes on, one that is finished ends at once, and one that was started with
-    other settings is refused: the scripts see to that.
+    A killed run is resumed, a finished one ends immediately, and one with other settings is
+    refused: the scripts do that.
     """
     words = shlex.split(command)
     folder = Path(words[-1])

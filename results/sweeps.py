@@ -24,7 +24,7 @@ def vary(label: str, command: str, values) -> dict[str, str]:
     return {f"{label} {value}".strip(): f"{command} {value}" for value in values}
 
 
-# {lr}: where sequential LoRA ends best on the whole stream (sweeps rate-cram and rate-mr-lora)
+# {lr}: sequential LoRA's best on the whole stream, by AP (sweeps rate-cram and rate-mr-lora)
 LR = {"ucit": "2e-3", "trigap": "1e-3", "dcl": "1e-3", "acl": "5e-4"}
 TWICE = {"domains": "4e-3", "vqacl": "1e-3"}  # {twice}: two times the default learning rate
 # The other braces belong to the sweeps of all methods on seven streams, of which five are cut to 30
@@ -145,7 +145,7 @@ SHUFFLED = "color,causal,recognition,judge,count,commonsense,action,location,sub
 MLP = "--targets q,v,gate,up,down"
 SWEEPS = {
     "default": Sweep(["vqacl"], [0], DEFAULT),
-    # Are the mini streams like the benchmarks? At which rate does sequential LoRA end best?
+    # Are the mini streams like the benchmarks? Which learning rate suits sequential LoRA best?
     "regime": Sweep(["domains", "vqacl", "vqav2", "clt-vqa"], range(5), REGIME),
     "rate": Sweep(["domains", "vqacl"], range(2), vary("lr", f"{SEQUENTIAL} --lr", RATES)),
     "rate-cram": Sweep(["ucit", "trigap"], [0], vary("lr", f"{SEQUENTIAL} --lr", RATES), LIKE_CRAM),
