@@ -294,7 +294,9 @@ def run(flags, tmp_path):
 def test_a_frozen_expert_never_changes_and_the_record_counts_it(run):
     long, record, weights, _ = run("")
     short, first, _, _ = run("--order one")
-    states = [torch.load(folder / "experts.pt")["experts"] for folder in (long, short)]
+    states = [
+        torch.load(folder / "experts.pt", weights_only=True)["experts"] for folder in (long, short)
+    ]
     for new, old in zip(*states):
         assert torch.equal(new["A"][new["owner"] == 0], old["A"]) and len(old["A"]) >= 4
         assert torch.equal(new["B"][:, new["owner"] == 0], old["B"])
