@@ -486,7 +486,7 @@ def main(args):
         raise InputError(f"--layers {args.layers}: this language model has {llava.depth}")
     torch.manual_seed(args.seed)
     lora = llava.add_lora(args)  # one adapter, trained through all stages
-    data.show_sample(stream.stages[0].train[0], llava.processor)
+    data.show_sample(stream.stages[0].train[0], llava.processor, args.system)
 
     skills, memory, parser = skill_names(args, stream), {}, {}
     shown = {(stage.name, s.id) for stage in stream.stages for s in stage.test[:CASES]}
@@ -511,12 +511,12 @@ def main(args):
 
         # Train. A step is a few micro-batches; each adds its share to the gradient.
         steps = data.steps_of(stage, args)
-        optimizer = torch.optim.AdamW(lora, lr=args.lr, weight_decay=0.01)  # [12]
+        optimizer = torch.optim.AdamW(lora, lr=stage.lr, weight_decay=0.01)  # [12]
         if begin:
             optimizer.load_state_dict(state["optimizer"])
         llava.model.train()
         for k in run.steps(t, len(steps), begin):
-            lr = args.lr * data.schedule(k, len(steps), args.warm_up)
+            lr = stage.lr * data.schedule(k, len(steps), args.warm_up)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
             log = Counter()  # adds up over the micro-batches

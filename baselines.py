@@ -70,7 +70,7 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.plot:
         return args
-    tiny = data.text_width(args.model) < 512
+    tiny = data.is_tiny(args.model)
     defaults = {"lwf_lambda": (0.25, 1.0), "olora_lambda": (0.5, 0.05)}
     defaults |= {"hide_temperature": (0.1, 0.03), "hide_sum": (math.inf, 2.0)}
     for name, values in defaults.items():
@@ -150,8 +150,13 @@ class ZeroShot(Sequential):
 
 class Joint(Sequential):
     def plan(self):
-        everything = [sample for stage in self.stages for sample in stage.train]
-        return [(len(self.stages) - 1, Stage("all stages", everything, [], ""))]
+        """A stage with more epochs than others is repeated; the largest rate counts [7]."""
+        epochs = [stage.epochs for stage in self.stages]
+        once = min(epochs)
+        pairs = zip(self.stages, epochs)
+        everything = [s for stage, n in pairs for s in stage.train * round(n / once)]
+        lr = max(stage.lr for stage in self.stages)
+        return [(len(self.stages) - 1, Stage("all stages", everything, [], "", None, once, lr))]
 
 
 class Replay(Sequential):
@@ -460,7 +465,7 @@ def main(args, kind=None):
     torch.manual_seed(args.seed)
     method = (kind or METHODS[args.method])(args, llava, stream)
     trained = sum(p.numel() for p in method.lora)
-    data.show_sample(stream.stages[0].train[0], llava.processor)
+    data.show_sample(stream.stages[0].train[0], llava.processor, args.system)
 
     plan = method.plan()
     first, begin = 0, 0  # the stage and the step to start from
@@ -474,12 +479,14 @@ def main(args, kind=None):
 
         # Train. A step is a few micro-batches; each adds its share to the gradient.
         steps = data.steps_of(stage, args) if stage.train else []
-        optimizer = torch.optim.AdamW(method.lora, lr=args.lr, weight_decay=0.01) if steps else None
+        optimizer = (
+            torch.optim.AdamW(method.lora, lr=stage.lr, weight_decay=0.01) if steps else None
+        )
         if begin:
             optimizer.load_state_dict(state["optimizer"])
         llava.model.train()
         for k in run.steps(p, len(steps), begin, stage.name):
-            lr = args.lr * data.schedule(k, len(steps), args.warm_up)
+            lr = stage.lr * data.schedule(k, len(steps), args.warm_up)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
             log = Counter()  # adds up over the micro-batches

@@ -20,13 +20,18 @@ file; image paths are relative to the file's folder, and a record without "image
   train  {"id": "7", "image": "images/7.png", "conversations":
          [{"from": "human", "value": "<image>\nWhat is shown?"}, {"from": "gpt", "value": "A cat"}]}
   test   {"question_id": "7", "image": "images/7.png", "text": "What is shown?", "answer": "A cat"}
+Several human and gpt turns about one image make one conversation: all of its answers are trained.
 The table names other folders (`folders`, `images`) and files. Grounding's tests have "answer_bbox";
-captions have further references in val_coco_type_3000.json (COCO's format) beside the test file.
+some golds stand in files of their own (GOLDS), and captions have further references in COCO's
+format beside the test file (REFERENCES).
 Optional: a record's "skill", the kind of its question; and DIR/stream.json, which overrides the
 table: {"stages": [...], "metric": "exact", "metrics": {stage: metric}, "suffix": "...",
 "descriptions": {stage: one line for the router of mllm_cl.py}}.
 """
 
+import contextlib
+import csv
+import itertools
 import json
 import os
 import random
@@ -43,6 +48,10 @@ class InputError(Exception):
     """The user's input cannot be used. One sentence: what, where, what to do."""
 
 
+class MissingImage(InputError):
+    """A record's image is not there; --skip_missing leaves the record out."""
+
+
 @dataclass(slots=True)
 class Sample:
     id: str
@@ -54,6 +63,7 @@ class Sample:
     stage: str
     group: str = ""  # object group G1..G5 (vqacl)
     suffix: str = ""  # end of `question` that all questions share: not a question row
+    further: tuple[tuple[str, str], ...] = ()  # (question, answer) of later turns, trained as well
 
 
 # ---- 1. The table --------------------------------------------------------------------------------
@@ -63,10 +73,11 @@ class Sample:
 class Task:
     """A stage in the table."""
 
-    description: str = ""  # for mllm_cl.py's router; ours, in the tiny LLaVA's words if possible
+    description: str = ""  # for mllm_cl.py's router: the released data, in our words
     metric: str = ""  # "": the row's
-    files: str = "train test"  # names of its two files
-    published: tuple[int, int] | None = None  # training and test questions
+    published: tuple = ("-", "-")  # training and test questions, as far as they are known
+    files: str = ""  # names of its two files; "": the row's; "train test" is tried as well
+    folder: str = ""  # another name of its folder
 
 
 @dataclass
@@ -76,11 +87,14 @@ class Row:
     stages: dict[str, Task]  # in the paper's order
     metric: str = "exact"
     layout: str = "llava"  # which reader: "llava", "vqacl", "cl4vqa"
+    files: str = "train test"
     folders: tuple[str, ...] = ("",)  # where the stages' folders may lie: the first that exists
-    images: str | None = None  # what image paths are relative to; None: the file's folder
+    images: tuple[str, ...] = ()  # what image paths may be relative to; (): the file's folder
     suffix: str = ""  # appended to every question; LLaVA records contain it already
     test_suffix: Callable | None = None  # (stage, question) -> what tests append
     skill: str = "skill"  # where records without "skill" say the kind of their question
+    source: str = ""  # of the files and of `real`, with versions
+    download: str = ""  # how to get the files into the folder DIR
     real: dict = field(default_factory=dict)  # training defaults other than REAL's
     tiny: dict = field(default_factory=dict)  # and TINY's
     extras: dict = field(default_factory=dict)  # flags of this stream alone, with their defaults
@@ -90,28 +104,33 @@ class Row:
         return {name: task.description for name, task in self.stages.items() if task.description}
 
 
-METRICS = "exact same vqa textvqa letter option contains iou anls caption word-in gold-in sci fin"
-METRICS = (*METRICS.split(), "ocr", "math", "count")
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "projector")
 
 # Defaults of the training flags. REAL is for 7B: ASR's setting, and the references' 128 new tokens.
-# TINY was chosen on the mini streams; on a CPU, dropout masks would take a sixth of a step.
+# A dict has a value per stage. VICUNA is what LLaVA-1.5 has seen before every conversation, in its
+# training and in that of the references. TINY was chosen on the mini streams; on a CPU, dropout
+# masks would take a sixth of a step.
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 REAL = {"lr": 2e-4, "warm_up": 0.03, "epochs": 1, "batch_size": 16, "accumulate": 1, "rank": 16}
 REAL |= {"alpha": 32.0, "dropout": 0.05, "targets": "q,v,projector", "max_new_tokens": 128}
-TINY = REAL | {"lr": 1e-3, "warm_up": 0.1, "dropout": 0.0, "max_new_tokens": 16}
+REAL |= {"system": VICUNA}
+TINY = REAL | {"lr": 1e-3, "warm_up": 0.1, "dropout": 0.0, "max_new_tokens": 16, "system": ""}
 TINY |= {"targets": "q,v,gate,up,down"}
 
 QUESTION_TYPES = {  # of VQA v2; counts from the tables of the VQACL and CL-MoE papers
-    "recognition": Task("what a thing is called", published=(131478, 5628)),
-    "location": Task("where a thing is", published=(12580, 611)),
-    "judge": Task("questions with yes or no for an answer", published=(160179, 7194)),
-    "commonsense": Task("what can be done with a thing", published=(25211, 1100)),
-    "count": Task("how many things there are", published=(62156, 2658)),
-    "action": Task("what a thing is doing", published=(33633, 1373)),
-    "color": Task("the color of a thing", published=(50872, 2192)),
+    "recognition": Task("naming a thing in an everyday photo", published=(131478, 5628)),
+    "location": Task("where the photo was taken or where a thing is", published=(12580, 611)),
+    "judge": Task("questions about a photo that are answered yes or no", published=(160179, 7194)),
+    "commonsense": Task("yes or no by common sense: can one, would it", published=(25211, 1100)),
+    "count": Task("how many people, animals or things a photo shows", published=(62156, 2658)),
+    "action": Task("what somebody in a photo is doing", published=(33633, 1373)),
+    "color": Task("the color of a thing in a photo", published=(50872, 2192)),
     "type": Task("what type of thing it is", published=(23932, 1089)),
-    "subcategory": Task("which kind of animal, vehicle or food", published=(31594, 1416)),
-    "causal": Task("why something is so", published=(5868, 200)),
+    "subcategory": Task("what kind of animal, food, sport or vehicle", published=(31594, 1416)),
+    "causal": Task("why something in a photo is so", published=(5868, 200)),
 }
 DOMAINS = {  # the same mixed questions on 5 kinds of picture (mini, or LLaVA records of yours)
     "plain": Task("pictures in plain light"),
@@ -120,56 +139,57 @@ DOMAINS = {  # the same mixed questions on 5 kinds of picture (mini, or LLaVA re
     "noise": Task("gray pictures with noise"),
     "mosaic": Task("pictures of coarse squares"),
 }
-# Guo et al. 2025 (HiDe-LLaVA, arXiv 2503.12941); files of huggingface.co/HaiyangGuo/UCIT
+# Guo et al. 2025 (HiDe-LLaVA, arXiv 2503.12941). "4w" are 40,000.
 SMALL_TEST, CUT_TRAIN = "train test_3000", "train_4w test_3000"
+FLICKR_FILES, N3, N4 = "train_brief_4w test_3000", ("-", 3000), (40000, 3000)
 UCIT = {
-    "ImageNet-R": Task("the word for one object", files=SMALL_TEST),
-    "ArxivQA": Task("charts with bars: the letter of an answer", files=CUT_TRAIN),
-    "VizWiz": Task("describe a picture of a sign", "caption", SMALL_TEST),
-    "IconQA": Task("simple shapes: the letter of an answer", files=SMALL_TEST),
-    "CLEVR": Task("how many objects there are with no circles", files=CUT_TRAIN),
-    "Flickr30k": Task("describe a picture of things", "caption", "train_brief_4w test_3000"),
+    "ImageNet-R": Task("art, cartoons and toys: name the object", "", N3, SMALL_TEST),
+    "ArxivQA": Task("figures of papers: the letter of an answer", "", N4, CUT_TRAIN),
+    "VizWiz": Task("photos taken by blind people, to be described", "caption", N3, SMALL_TEST),
+    "IconQA": Task("abstract diagrams and icons: an option", "", N3, SMALL_TEST),
+    "CLEVR": Task("arithmetic with rendered solids", "", N4, CUT_TRAIN, "CLEVR-Math"),
+    "Flickr30k": Task("photos of people, to be described", "caption", N4, FLICKR_FILES),
 }
-# huggingface.co/JuntaoTang/TriGap; its CRAM numbers use ANLS without the threshold of 0.5
+# TriGap's numbers of CRAM use ANLS without the threshold of 0.5.
 STANDARD, CONVERTED = "train_standard_4w test_standard_3k", "train_converted val_converted"
 INFOGRAPHICS = "infographicsVQA_train_converted infographicsVQA_val_converted"
 TRIGAP = {
-    "PMCVQA": Task("cells on a slide: the letter of an answer", files=STANDARD),
-    "DocVQA": Task("words and numbers written on a page or sign", "anls", CONVERTED),
-    "ChartQA": Task("the value of a bar in a chart", files=STANDARD),
-    "IconQA": Task("simple shapes: the letter of an answer", files=SMALL_TEST),
-    "InfographicVQA": Task("a window with words on buttons", "anls", INFOGRAPHICS),
-    "ArxivQA": Task("which bar of a chart: the letter of an answer", files=CUT_TRAIN),
-    "Roadside": Task("the road as the driver sees it", files=STANDARD),
-    "ChemVQA": Task("diagrams with letters and shapes", files=STANDARD),
-    "FloodNetVQA": Task("land and water seen from above", files=STANDARD),
-    "CLEVR": Task("objects: how many, where, which color", files=CUT_TRAIN),
+    "PMCVQA": Task("medical figures: the letter of an answer", "", N4, STANDARD),
+    "DocVQA": Task("scanned documents: copy the answer", "anls", ("-", 5349), CONVERTED),
+    "ChartQA": Task("charts: read off or compute a value", "", ("-", 2500), STANDARD),
+    "IconQA": Task("abstract diagrams and icons: an option", "", N3, SMALL_TEST),
+    "InfographicVQA": Task("posters of text and numbers", "anls", ("-", 2801), INFOGRAPHICS),
+    "ArxivQA": Task("figures of papers: the letter of an answer", "", N4, CUT_TRAIN),
+    "Roadside": Task("roads and traffic as seen from the roadside", "", N4, STANDARD),
+    "ChemVQA": Task("molecules and chemistry", "", N4, STANDARD),
+    "FloodNetVQA": Task("flooded land, seen from a drone", "", ("-", 1833), STANDARD),
+    "CLEVR": Task("arithmetic with rendered solids", "", N4, CUT_TRAIN),
 }
-# Chen et al. 2024 (CoIN, arXiv 2403.08350); huggingface.co/datasets/Zacks-Chen/CoIN
+# Chen et al. 2024 (CoIN, arXiv 2403.08350)
 COIN = {
-    "ScienceQA": Task("diagrams: the letter of an answer", "letter"),
-    "TextVQA": Task("what is written on a sign", "textvqa", "train val"),
-    "ImageNet": Task("the word for one object", "contains"),
-    "GQA": Task("where things are, and their colors"),
-    "VizWiz": Task("what a thing is doing, the weather", "same", "train val"),
-    "Grounding": Task("give the box of an object", "iou"),
-    "VQAv2": Task("how many things there are, is there one", "same", "train val"),
-    "OCRVQA": Task("a window with words on buttons"),
+    "ScienceQA": Task("school science: the letter of an answer", "letter", (12726, 4241)),
+    "TextVQA": Task("text on signs, packages and books", "textvqa", (34602, 5000), "train val"),
+    "ImageNet": Task("photos of one object: its class", "contains"),
+    "GQA": Task("relations and attributes of things in a photo", "", (72140, 12578)),
+    "VizWiz": Task("questions of blind people", "same", (20523, 4319), "train val"),
+    "Grounding": Task("give the box of a described object", "iou"),
+    "VQAv2": Task("short questions on everyday photos", "same", (82783, "-"), "train val"),
+    "OCRVQA": Task("covers of books: title, author, genre"),
 }
-# Zhao et al. 2025 (MLLM-CL, arXiv 2506.05453); huggingface.co/datasets/MLLM-CL/MLLM-CL. DCL trains
-# and tests on the same kind of data (IID), ACL tests on data of other sources (non-IID).
+# Zhao et al. 2025 (MLLM-CL, arXiv 2506.05453). DCL trains and tests on the same kind of data (IID),
+# ACL tests on data of other sources (non-IID).
 DCL = {
-    "RS": Task("land seen from above: what covers it, how many houses", "word-in"),
-    "Med": Task("cells on a stained slide, tumors", "gold-in"),
-    "AD": Task("the road as the driver sees it: lights, cars, what to do", "word-in"),
-    "Sci": Task("diagrams with letters, shapes and arrows", "sci"),
-    "Fin": Task("candlestick charts: trend and price", "fin"),
+    "RS": Task("land seen from the air: presence, number, area", "word-in", ("60k", "10k")),
+    "Med": Task("stained tissue, photos of organs and diseases", "gold-in", ("22.8k", "9.8k")),
+    "AD": Task("six cameras of a car: traffic, positions, plans", "word-in", ("60k", "10k")),
+    "Sci": Task("biology, physics, chemistry, maps of states", "sci", ("33.4k", "8.2k")),
+    "Fin": Task("stock charts with candlesticks: trends, indicators", "fin", ("60k", "10k")),
 }
 ACL = {
-    "OCR": Task("text and numbers written on signs and documents", "ocr", "train ../OCR_test/test"),
-    "Math": Task("problems and equations to solve", "math", "train ../Math_test/test"),
-    "VP": Task("counting objects", "count", "train ../VP_test/test"),
-    "APP": Task("a window on a screen, its buttons", "option", "train ../APP_test/test"),
+    "OCR": Task("reading text: scenes, handwriting, documents", "ocr", ("128.1k", 1000)),
+    "Math": Task("equations, geometry, plots, puzzles, papers", "math", ("526.1k", 1000)),
+    "VP": Task("counting the objects in a photo; weak at text", "count", ("119.9k", 788)),
+    "APP": Task("screenshots: buttons, coordinates, actions", "option", ("147.3k", "0.8k")),
 }
 
 
@@ -188,28 +208,68 @@ SHORT = "Answer the question using a single word or phrase."
 WORDS = {"max_new_tokens": 16}  # VQA's answers are a few words
 VQACL_REAL = {"lr": 1e-4, "warm_up": 0.1, "epochs": 3, "batch_size": 80, "accumulate": 5} | WORDS
 LONGER = {"lr": 4e-3, "epochs": 3, "max_new_tokens": 32}  # captions, letters, boxes
-MR_LORA = {"lr": 2e-5, "batch_size": 64, "rank": 128, "alpha": 256.0, "targets": ",".join(TARGETS)}
-ACL_REAL = MR_LORA | {"max_new_tokens": 512}  # the reference: OCR, Math 2048; others 64 or 128
+MR_LORA = {"rank": 32, "alpha": 64.0, "targets": ",".join(TARGETS)}
+DCL_REAL = MR_LORA | {"epochs": {"RS": 1, "Med": 3, "AD": 1, "Sci": 2, "Fin": 1}}
+ACL_REAL = MR_LORA | {"epochs": {"OCR": 3, "Math": 1, "VP": 1, "APP": 3}}
+ACL_REAL |= {"lr": {"OCR": 5e-5, "Math": 2e-4, "VP": 2e-4, "APP": 2e-4}}
+ACL_REAL |= {"max_new_tokens": 512}  # the reference: OCR, Math 2048; others 64 or 128
 ASR_TARGETS = {"targets": "q,v,projector"}  # the ASR paper's
-VQA = Row(QUESTION_TYPES, "vqa", "vqacl", suffix=SHORT, real=WORDS, tiny={"lr": 5e-4} | ASR_TARGETS)
-# The CRAM authors' code base, Prism, reads UCIT and TriGap from these folders.
-PRISM = Row({}, "same", folders=("instructions", ""), images="datasets", tiny=LONGER)
-PLAYGROUND = ("playground/Instructions_Original", "Instructions_Original")
+
+# Where the files come from, with versions, and how to get them into the folder DIR.
+EXTRACT = "find DIR -name '*.tar*' -execdir tar -xf {} \\;"
+HUB = "hf download {} --repo-type dataset --local-dir DIR"
+VQA_SOURCE = "VQACL's release (github.com/zhangxi1997/VQACL); settings: the ASR paper"
+UCIT_SOURCE = "HiDe-LLaVA's, in its own, Prism's or MCITlib's folders; settings: the ASR paper"
+TRIGAP_SOURCE = "Prism's release (github.com/LAMDA-CL/EMNLP2026-CRAM); settings: CRAM's code"
+COIN_SOURCE = "CoIN's release (github.com/zackschen/CoIN); settings: the ASR paper"
+MLLM_CL_SOURCE = "MLLM-CL's release, June 2025; settings: MCITlib v3, April 2026"
+VQA_FILES = """
+for s in train val; do curl -O http://images.cocodataset.org/zips/${s}2014.zip; done
+for s in train val; do unzip -d DIR/COCO ${s}2014.zip; done
+for s in Train Val; do
+curl -O https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_Annotations_${s}_mscoco.zip
+unzip -d DIR/vqa v2_Annotations_${s}_mscoco.zip; done
+DIR/vqa/Partition_Q: the drive linked in VQACL's README; DIR/ImgId_cate_map.json: its datasets/"""
+UCIT_FILES = f"""
+{HUB.format("HaiyangGuo/UCIT")}
+Images of four stages: from the hosts listed there; a mirror has all, vantuan5644/UCIT"""
+TRIGAP_FILES = f"""
+{HUB.format("JuntaoTang/TriGap")}
+Images: from the ten sources listed there, into DIR/datasets"""
+COIN_FILES = f"""
+{HUB.format("Zacks-Chen/CoIN")}
+Images: from the eight sources listed there, into DIR/cl_dataset; a mirror: vantuan5644/CoIN-CL;
+of ImageNet, the authors offer the part that is used (github.com/zackschen/CoIN, issue 15)"""
+MLLM_CL_FILES = f"""
+{HUB.format("MLLM-CL/MLLM-CL")}
+{EXTRACT}
+The hub lacks thousands of Math's images (MLLM-CL, issue 12), ModelScope has them:
+modelscope download --dataset zhaohongbo/MLLM-CL --local_dir DIR"""
+
+VQA = Row(QUESTION_TYPES, "vqa", "vqacl", suffix=SHORT, source=VQA_SOURCE, download=VQA_FILES)
+VQA = replace(VQA, real=WORDS, tiny={"lr": 5e-4} | ASR_TARGETS)
+# The CRAM authors' code base, Prism, reads UCIT and TriGap from `instructions` and `datasets`,
+# MCITlib reads UCIT from UCIT/<stage>.
+PRISM = {"folders": ("instructions", "", "UCIT"), "metric": "same", "tiny": LONGER}
+PRISM |= {"images": ("datasets", "", "UCIT/datasets", "UCIT")}
+HOMES = ("playground/Instructions_Original", "playground/Instruction_Original")
+HOMES += ("Instructions_Original", "Instruction_Original")
+PLAYGROUND = {"folders": HOMES, "images": ("cl_dataset",)}
+# OCRBench says in answer_type what kind of question it is.
+ACL_FILES = {"files": "train ../{}_test/test", "skill": "answer_type"}
+MLLM_CL = {"source": MLLM_CL_SOURCE, "download": MLLM_CL_FILES, "tiny": {"lr": 2e-3}}
 STREAMS = {
     # inside a stage, 5 object groups one after the other
     "vqacl": replace(VQA, real=VQACL_REAL, extras={"object_groups": "paper", "hold_out": None}),
     "vqav2": VQA,
     # The paper's cut of the tail is not public: an exponential profile of this ratio instead.
     "clt-vqa": replace(VQA, extras={"imbalance": 10.0}),
-    "domains": Row(DOMAINS, tiny={"lr": 2e-3} | ASR_TARGETS),
-    "ucit": replace(PRISM, stages=UCIT),
-    "trigap": replace(PRISM, stages=TRIGAP),
-    "coin": Row(COIN, folders=PLAYGROUND, images="cl_dataset", tiny=LONGER),
-    "dcl": Row(
-        DCL, folders=("", "domain"), test_suffix=dcl_suffix, real=MR_LORA, tiny={"lr": 2e-3}
-    ),
-    # OCRBench says the kind of a question in answer_type.
-    "acl": Row(ACL, folders=("", "ability"), skill="answer_type", real=ACL_REAL, tiny={"lr": 2e-3}),
+    "domains": Row(DOMAINS, source="ours", tiny={"lr": 2e-3} | ASR_TARGETS),
+    "ucit": Row(UCIT, source=UCIT_SOURCE, download=UCIT_FILES, **PRISM),
+    "trigap": Row(TRIGAP, source=TRIGAP_SOURCE, download=TRIGAP_FILES, **PRISM),
+    "coin": Row(COIN, source=COIN_SOURCE, download=COIN_FILES, tiny=LONGER, **PLAYGROUND),
+    "dcl": Row(DCL, folders=("", "domain"), test_suffix=dcl_suffix, real=DCL_REAL, **MLLM_CL),
+    "acl": Row(ACL, folders=("", "ability"), real=ACL_REAL, **ACL_FILES, **MLLM_CL),
 }
 
 # VQACL's object groups, 16 numbers each, as printed in its code. Meant as positions 0..79 among the
@@ -260,12 +320,14 @@ def text_of(value, what: str) -> str:
 
 class Reader:
     """What the layouts share. A subclass says where a stage's file lies (`path`) and what a record
-    holds (`fields`: image, question, gold answers; None leaves it out). Faults go to `problem`."""
+    holds (`fields`: image, question, gold answers, further turns; None leaves it out). Faults go to
+    `problem`; skip_missing: records whose image is missing are counted in `skipped` instead."""
 
-    def __init__(self, root: Path, row: Row, problem: Callable):
+    def __init__(self, root: Path, row: Row, problem: Callable, skip_missing: bool = False):
         self.root, self.row, self.problem = root, row, problem
+        self.skip_missing, self.skipped = skip_missing, {}  # "stage split" -> number of records
         # One listing per folder: 120,000 single look-ups take minutes on a network disk.
-        self.names_in = cache(lambda folder: set(os.listdir(folder)) if folder.is_dir() else ())
+        self.names_in = cache(lambda folder: set(os.listdir(folder)) if folder.is_dir() else set())
         self.coco_image = cache(self.coco_image)  # about five questions share an image
 
     def table(self, path: Path) -> dict:
@@ -273,16 +335,28 @@ class Reader:
         try:
             return read_json(path, dict)
         except InputError as error:
-            self.problem(str(error))
+            self.problem(str(error) + self.unextracted(path))
             return {}
+
+    def unextracted(self, path: Path) -> str:
+        """What to say of archives that lie where a file is missing, or above it; "" without any."""
+        for folder in path.parents:
+            names = [name for name in self.names_in(folder) if re.search(ARCHIVE, name)]
+            if names:
+                command = "unzip -d" if min(names).endswith("zip") else "tar -C"
+                way = f"{command} {folder}{' -xf' * ('tar' in command)} {folder / min(names)}"
+                return f"; {len(names)} archives there are not extracted: {way}"
+            if folder == self.root:
+                break
+        return ""
 
     def read(self, stage: str, split: str) -> list[Sample]:
         """The samples of a stage's "train" or "test" file."""
-        path, samples = self.path(stage, split), []
+        path, samples, absent, unusable = self.path(stage, split), [], [], 0
         try:
             records = read_json(path, list)
         except InputError as error:
-            self.problem(str(error))
+            self.problem(str(error) + self.unextracted(path))
             return []
         for number, record in enumerate(records, 1):
             try:
@@ -290,30 +364,49 @@ class Reader:
                     raise InputError("no JSON object")
                 if fields := self.fields(record, path):
                     samples.append(self.sample(record, stage, *fields))
+                else:
+                    unusable += 1
+            except MissingImage as error:
+                absent.append(Path(str(error)))
             except InputError as error:
                 self.problem(f"{path}, record {number}: {error}")
-        if omitted := len(records) - len(samples):
-            print(f"{stage}: {omitted} {split} questions without a usable answer are left out")
+        if unusable:
+            print(f"{stage}: {unusable} {split} questions without a usable answer are left out")
+        if absent:
+            self.absent(f"{stage} {split}", path, absent, len(records))
         if not samples:
             self.problem(f"stage {stage} has no {split} data: {path}")
         return samples
 
-    def sample(self, record: dict, stage: str, image, question: str, answers: tuple) -> Sample:
+    def absent(self, name: str, path: Path, images: list[Path], records: int) -> None:
+        """Count records without their image, or name them as a problem."""
+        if self.skip_missing:
+            print(
+                f"{name}: {len(images)} of {records} records are left out, their image is missing"
+            )
+            self.skipped[name] = len(images)
+            return
+        self.problem(
+            f"{path}: the image of {len(images)} of {records} records is missing, for example "
+            f"{images[0]}{self.unextracted(images[0])}; --skip_missing leaves such records out"
+        )
+
+    def sample(self, record, stage, image, question, answers, further=()) -> Sample:
         suffix = self.row.suffix
         if suffix and not question.endswith(suffix):
             question = f"{question}\n{suffix}"
         key = str(record.get("question_id", record.get("id", "")))
         answer = Counter(answers).most_common(1)[0][0]
         skill = str(record.get("skill", record.get(self.row.skill, stage)))
-        return Sample(key, image, question, answer, answers, skill, stage, "", suffix)
+        return Sample(key, image, question, answer, answers, skill, stage, "", suffix, further)
 
     def image(self, folder: Path, name: str) -> Path:
-        """The path of an existing image; InputError if it is missing or outside the data folder."""
+        """The path of an existing image; MissingImage, or InputError outside the data folder."""
         path = Path(os.path.normpath(folder / name))  # not resolve(): links to other disks are fine
         if not path.is_relative_to(self.root):
             raise InputError(f"image path {name!r} leaves the data folder {self.root}")
         if path.name not in self.names_in(path.parent):
-            raise InputError(f"missing image {path}")
+            raise MissingImage(str(path))
         return path
 
     def coco_image(self, img_id: str) -> Path:
@@ -329,55 +422,98 @@ class Reader:
 class LlavaReader(Reader):
     """LLaVA records, of training ("conversations") and of tests."""
 
+    def __init__(self, *settings):
+        super().__init__(*settings)
+        self.golds = cache(self.side_golds)  # opened when a test question needs them
+
     def path(self, stage: str, split: str) -> Path:
-        file = self.row.stages[stage].files.split()[split == "test"]
-        paths = [self.root / folder / stage / f"{file}.json" for folder in self.row.folders]
+        task = self.row.stages[stage]
+        names = [name for name in (stage, task.folder) if name]
+        files = (task.files or self.row.files).format(stage), "train test"
+        files = [names.split()[split == "test"] for names in files]
+        places = itertools.product(self.row.folders, names, files)
+        paths = [self.root / folder / name / f"{file}.json" for folder, name, file in places]
         paths = [Path(os.path.normpath(path)) for path in paths]
         return next(filter(Path.exists, paths), paths[0])
 
     def fields(self, record: dict, path: Path) -> tuple:
-        question, golds = record.get("text"), record.get("answer", record.get("answer_bbox"))
+        further = ()
         if "conversations" in record:
-            question, golds = self.turns(record["conversations"])
-        else:  # predictions are joined with their golds by it
-            text_of(record.get("question_id", record.get("id")), "question_id")
+            (question, gold), *further = self.turns(record["conversations"])
+            golds = [gold]
+        else:
+            question, golds = record.get("text"), self.answers(record)
         image, question = record.get("image"), text_of(question, "question")
+        if isinstance(image, list):
+            raise InputError(f"{len(image)} images in one record: only one can be read")
         if question.count("<image>") > (image is not None):
             raise InputError(f"{question.count('<image>')} <image> marks for image {image!r}")
         question = text_of(question.replace("<image>", ""), "question")
-        golds = golds if isinstance(golds, list) and golds else [golds]
         answers = tuple(text_of(gold, "answer") for gold in golds)
+        further = tuple((text_of(q, "question"), text_of(a, "answer")) for q, a in further)
         if image is not None:
             image = self.find(text_of(image, "image path"), path)
-        return image, question, answers
+        return image, question, answers, further
 
-    def turns(self, conversation) -> tuple:
-        """(question, answer) of a training conversation; only single-turn ones can be read."""
+    def answers(self, record: dict) -> list:
+        """The gold answers of a test record, or of the file that has them."""
+        # predictions are joined with their golds by it
+        key = text_of(record.get("question_id", record.get("id")), "question_id")
+        golds = record.get("answer", record.get("answer_bbox"))
+        golds = self.golds_of_stage.get(key, golds)
+        return golds if isinstance(golds, list) and golds else [golds]
+
+    def turns(self, conversation) -> list[tuple]:
+        """[(question, answer)] of a training conversation."""
         try:
-            (human, question), (gpt, answer) = [(t["from"], t["value"]) for t in conversation]
-        except (TypeError, KeyError, ValueError):
-            human = gpt = None
-        if (human, gpt) != ("human", "gpt"):
-            raise InputError("conversations must be one human turn and one gpt turn")
-        return question, answer
+            said = [(turn["from"], turn["value"]) for turn in conversation]
+        except (TypeError, KeyError):
+            said = []
+        speakers = [speaker for speaker, _ in said]
+        if not said or speakers != ["human", "gpt"] * (len(said) // 2):
+            raise InputError("conversations must be human and gpt turns, one after the other")
+        texts = [text for _, text in said]
+        return list(zip(texts[::2], texts[1::2]))
 
     def find(self, image: str, path: Path) -> Path:
-        return self.image(self.root / self.row.images if self.row.images else path.parent, image)
+        """The image in one of the places where it may be; MissingImage names a likely one."""
+        folders = [self.root / folder for folder in self.row.images] or [path.parent]
+        for folder in folders:
+            with contextlib.suppress(MissingImage):
+                return self.image(folder, image)
+        places = [folder / image for folder in folders]
+        likely = next((place for place in places if place.parent.is_dir()), places[0])
+        return self.image(likely.parent, likely.name)
 
     def read(self, stage: str, split: str) -> list[Sample]:
+        self.golds_of_stage = self.golds(stage) if split == "test" else {}
         samples = super().read(stage, split)
         if split == "test" and self.row.test_suffix:
             for sample in samples:
                 sample.suffix = self.row.test_suffix(stage, sample.question)
                 sample.question = f"{sample.question} {sample.suffix}".strip()
         if split == "test" and self.row.stages[stage].metric == "caption":
-            self.add_references(self.path(stage, split).with_name(REFERENCES), samples)
+            self.add_references(self.path(stage, split), samples)
         return samples
+
+    def side_golds(self, stage: str) -> dict[str, list]:
+        """{question_id: gold answers} of a stage whose golds have a file of their own; {} if the
+        stage has none or the file is not there."""
+        name, read = GOLDS.get(stage, ("", None))
+        paths = [self.root / folder / name for folder in (*self.row.images, *self.row.folders)]
+        path = next(filter(Path.is_file, paths), None)
+        try:
+            return read(path) if path else {}
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            self.problem(f"{path} does not hold gold answers in its released form: {error!r}")
+            return {}
 
     def add_references(self, path: Path, samples: list[Sample]) -> None:
         """All references of the captions; the file's image_id counts test records from 1."""
-        if not path.exists():
-            print(f"note: {path} is missing: captions are compared with one reference each")
+        paths = [path.with_name(name) for name in REFERENCES]
+        path = next(filter(Path.exists, paths), None)
+        if not path:
+            print(f"note: {paths[0]} is missing: captions are compared with one reference each")
             return
         captions: dict[int, list[str]] = {}
         try:
@@ -388,6 +524,38 @@ class LlavaReader(Reader):
             self.problem(f"{path} is no COCO caption file: {error!r}")
         for number, sample in enumerate(samples, 1):
             sample.answers = tuple(captions.get(number, sample.answers))
+
+
+def textvqa_golds(path: Path) -> dict[str, list]:
+    """TextVQA's release: ten people's answers per question."""
+    return {str(row["question_id"]): row["answers"] for row in read_json(path, dict)["data"]}
+
+
+def scienceqa_golds(path: Path) -> dict[str, list]:
+    """ScienceQA's release: the number of the right choice, here its letter."""
+    return {key: [LETTERS[row["answer"]]] for key, row in read_json(path, dict).items()}
+
+
+def gqa_golds(path: Path) -> dict[str, list]:
+    """GQA's release: one answer per question."""
+    return {key: [row["answer"]] for key, row in read_json(path, dict).items()}
+
+
+def mmt_bench_golds(path: Path) -> dict[str, list]:
+    """MMT-Bench's table; MLLM-CL's question ALL_<n> is its row n, counted from 0 (as in the code
+    that fills in MMT-Bench's form; that the rows have the same order is a guess)."""
+    csv.field_size_limit(sys.maxsize)  # a cell can hold an image
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    return {f"ALL_{n}": [row["answer"]] for n, row in enumerate(rows)}
+
+
+GOLDS = {  # stage -> file with its tests' gold answers, in a folder of images or of stages
+    "TextVQA": ("TextVQA/TextVQA_0.5.1_val.json", textvqa_golds),
+    "ScienceQA": ("ScienceQA/problems.json", scienceqa_golds),
+    "GQA": ("GQA/testdev_balanced_questions.json", gqa_golds),
+    "APP": ("APP_test/MMT-Bench_ALL_MI_anno.tsv", mmt_bench_golds),
+}
 
 
 class CL4VQAReader(LlavaReader):
@@ -403,8 +571,8 @@ class CL4VQAReader(LlavaReader):
 class VQACLReader(Reader):
     """VQACL's release."""
 
-    def __init__(self, root: Path, row: Row, problem: Callable):
-        super().__init__(root, row, problem)
+    def __init__(self, *settings):
+        super().__init__(*settings)
         self.golds = cache(self.raw_answers)  # large files, opened when a test question needs them
 
     def path(self, stage: str, split: str) -> Path:
@@ -450,5 +618,7 @@ class VQACLReader(Reader):
         return object_group(category, reading)
 
 
-REFERENCES = "val_coco_type_3000.json"  # beside the test file of captions
+ARCHIVE = r"\.(tar|tgz|zip|tar\.\w+)$"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of options and experts
+REFERENCES = ("val_coco_type_3000.json", "test_coco_type.json")  # beside the test file of captions
 READERS = {"llava": LlavaReader, "cl4vqa": CL4VQAReader, "vqacl": VQACLReader}

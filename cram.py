@@ -78,7 +78,7 @@ def parse(argv=None):
     args.rank = args.rank or (10 if args.stream == "trigap" else 9)
     args.alpha = args.alpha or 2.0 * args.rank
     if args.tau_alloc is None:
-        tiny = data.text_width(args.model) < 512
+        tiny = data.is_tiny(args.model)
         args.tau_alloc = 0.13 if tiny and 12 not in args.published else 0.08
     if args.routing == "uniform" and not args.reuse:
         raise InputError("--routing uniform with --no-reuse: of even weights none is the largest")
@@ -431,7 +431,7 @@ def main(args):
     routing = SimpleNamespace(weights=None, buffer=False, image_mask=None, gamma=None)
     llava.add_lora(args, ExpertLinear, routing=routing)  # layers that can hold experts; none yet
     layers = list(llava.layers.values())
-    data.show_sample(stream.stages[0].train[0], llava.processor)
+    data.show_sample(stream.stages[0].train[0], llava.processor, args.system)
 
     features_of = partial(question_and_image, llava)  # [6]
     if args.routing_features != "llava":
@@ -465,16 +465,16 @@ def main(args):
             for layer in layers:
                 layer.fresh_pair(BUFFER_RANK if warm else args.rank)
         lora = [p for layer in layers for p in (layer.new_A, layer.new_B)]
-        optimizer = torch.optim.AdamW(lora, lr=args.lr, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(lora, lr=stage.lr, weight_decay=0.01)
         if begin:
             optimizer.load_state_dict(state["optimizer"])
         llava.model.train()
         for k in run.steps(t, len(steps), begin):
             if k == warm and warm:  # no second warm-up of the rate: it has trained directions
                 lora = shrink_buffers(layers, older, args)
-                optimizer = torch.optim.AdamW(lora, lr=args.lr, weight_decay=0.01)
+                optimizer = torch.optim.AdamW(lora, lr=stage.lr, weight_decay=0.01)
             routing.buffer = k < warm
-            lr = args.lr * data.schedule(k, len(steps), args.warm_up)
+            lr = stage.lr * data.schedule(k, len(steps), args.warm_up)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
             log = Counter()  # adds up over the micro-batches

@@ -38,7 +38,6 @@ from transformers import AutoConfig, AutoProcessor
 
 from benchmarks import (
     GROUPS,
-    METRICS,
     READERS,
     REAL,
     STREAMS,
@@ -50,9 +49,9 @@ from benchmarks import (
     Task,
     read_json,
 )
+from scorers import ALL_GOLDS, RULES
 
 ROOT = Path(__file__).resolve().parent
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of options and experts
 MINI_SOURCES = ("draw.py", "tasks.py", "streams.py", "sprites.png")  # what a drawing depends on
 
 
@@ -76,8 +75,10 @@ class Stage:
     name: str
     train: list[Sample]
     test: list[Sample]
-    metric: str  # how answers are scored: one of METRICS
+    metric: str  # how answers are scored: a name in RULES or ALL_GOLDS of scorers.py
     blocks: list[list[int]] | None = None  # vqacl: indices of `train` by object group, as visited
+    epochs: int = 1  # passes over `train`
+    lr: float = 0.0  # peak learning rate
 
 
 @dataclass
@@ -87,10 +88,10 @@ class Stream:
     name: str
     stages: list[Stage]
     root: Path
-    suffix: str = ""
-    published: dict[str, tuple[int, int]] = field(default_factory=dict)  # stage -> (train, test)
+    row: Row | None = None  # of the table, with what the folder's stream.json changes
     descriptions: dict[str, str] = field(default_factory=dict)  # stage -> one line
     novel: list[Stage] | None = None  # with hold_out: per stage the test of the group left out
+    skipped: dict[str, int] = field(default_factory=dict)  # "stage split" -> records left out
 
 
 def mini_folder(name: str) -> Path:
@@ -118,12 +119,13 @@ def mini_folder(name: str) -> Path:
 def find_stream(args) -> tuple[str, Row, Path]:
     """(name, row of the table, folder) of the stream that the arguments ask for."""
     if args.stream in STREAMS:
-        root = Path(os.path.abspath(args.data or mini_folder(args.stream)))
+        row, root = (
+            STREAMS[args.stream],
+            Path(os.path.abspath(args.data or mini_folder(args.stream))),
+        )
         if not root.is_dir():
-            raise InputError(
-                f"data folder {root} does not exist; benchmarks.py's head shows its layout"
-            )
-        return args.stream, STREAMS[args.stream], root
+            raise InputError(f"data folder {root} does not exist; to get it:{row.download}")
+        return args.stream, row, root
     root = Path(os.path.abspath(args.stream))
     if not root.is_dir():
         known = ", ".join(STREAMS)
@@ -153,8 +155,9 @@ def overridden(row: Row, root: Path) -> Row:
             raise InputError(f"{path}: stages must be plain folder names, not {name!r}")
         task = row.stages.get(name, Task())
         metric = spec["metrics"].get(name, spec.get("metric", task.metric or row.metric))
-        if metric not in METRICS:
-            raise InputError(f"{path}: metric must be one of {', '.join(METRICS)}, not {metric!r}")
+        if metric not in RULES | ALL_GOLDS:
+            known = ", ".join(RULES | ALL_GOLDS)
+            raise InputError(f"{path}: metric must be one of {known}, not {metric!r}")
         description = spec["descriptions"].get(name, task.description)
         stages[name] = replace(task, metric=metric, description=description)
     return replace(row, stages=stages, suffix=spec["suffix"], test_suffix=test_suffix)
@@ -200,26 +203,40 @@ def long_tail(samples: list[Sample], ratio: float, seed: str) -> list[Sample]:
     return [samples[i] for i in sorted(chosen)]
 
 
+def per_stage(flag: str, value, stages: int) -> list:
+    """The value of a flag for every stage, in the order in which they are learned."""
+    values = value if isinstance(value, list) else [value] * stages
+    if len(values) != stages:
+        raise InputError(f"--{flag} has {len(values)} values for {stages} stages: give one or all")
+    return values
+
+
 def stop(problem: str) -> None:
     raise InputError(problem)
 
 
 def load_stream(args, problem: Callable = stop) -> Stream:
-    """Read and check the stream of `args` (stream, data, seed, order, limit, limit_test,
-    object_groups, hold_out, imbalance). Raises InputError at the first fault, or hands every fault
-    to another `problem`. Images are looked up here and decoded by `load_image`."""
+    """Read and check the stream of `args`, a namespace with the flags of `common_flags`.
+
+    Raises InputError at the first fault, or hands every fault to another `problem`. Images are
+    looked up here and decoded by `load_image`."""
     name, row, root = find_stream(args)
-    if args.stream in STREAMS and not args.data:  # another drawing makes another run
-        args.drawn_sha256 = read_json(root / "manifest.json", dict)["sha256"]
     if name == "vqav2" and not (root / "vqa").exists() and (root / "CL4VQA").exists():
         row = replace(row, layout="cl4vqa", metric="exact")
     row = overridden(row, root)
-    reader = READERS[row.layout](root, row, problem)
+    descriptions = row.descriptions
+    if args.stream in STREAMS and not args.data:
+        # another drawing makes another run
+        args.drawn_sha256 = read_json(root / "manifest.json", dict)["sha256"]
+        descriptions |= read_json(ROOT / "mini" / "descriptions.json", dict).get(name, {})
+    reader = READERS[row.layout](root, row, problem, args.skip_missing)
     grouped, novel, stages = "object_groups" in row.extras, [], []
     categories = reader.table(root / "ImgId_cate_map.json") if grouped else {}
-    for stage in ordered(list(row.stages), args.order):
+    names = ordered(list(row.stages), args.order)
+    epochs, rates = (per_stage(key, getattr(args, key), len(names)) for key in ("epochs", "lr"))
+    for k, stage in enumerate(names):
         train, test = reader.read(stage, "train"), reader.read(stage, "test")
-        metric, blocks = row.stages[stage].metric, None
+        metric, blocks = scorable(row.stages[stage].metric, stage, test), None
         if grouped:
             for sample in train + test:
                 sample.group = reader.group(sample, categories, args.object_groups or "paper")
@@ -248,9 +265,16 @@ def load_stream(args, problem: Callable = stop) -> Stream:
             visits = random.Random(f"{args.seed}/groups/{stage}").sample(list(GROUPS), len(GROUPS))
             blocks = [[i for i, s in enumerate(train) if s.group == group] for group in visits]
             blocks = [block for block in blocks if block]
-        stages.append(Stage(stage, train, test, metric, blocks))
-    published = {stage: task.published for stage, task in row.stages.items() if task.published}
-    return Stream(name, stages, root, row.suffix, published, row.descriptions, novel or None)
+        stages.append(Stage(stage, train, test, metric, blocks, epochs[k], rates[k]))
+    return Stream(name, stages, root, row, descriptions, novel or None, reader.skipped)
+
+
+def scorable(metric: str, stage: str, test: list[Sample]) -> str:
+    """The metric of a stage, or "unscored" if it wants option letters and the golds are none."""
+    if metric != "option" or all(re.fullmatch("[A-Z]", sample.answer) for sample in test):
+        return metric
+    print(f"note: {stage} gets no score: its gold answers are no option letters (docs/real.md)")
+    return "unscored"
 
 
 def train_order(stage: Stage, seed: int, epoch: int, epochs: int = 1) -> list[int]:
@@ -270,7 +294,7 @@ def steps_of(stage: Stage, args) -> list[list[list[int]]]:
     """The optimizer steps of a stage over all epochs: per step its micro-batches, as lists of
     indices of stage.train. No step crosses the end of an epoch, so an epoch's last may be short."""
     size, micro = args.batch_size, args.batch_size // args.accumulate
-    orders = [train_order(stage, args.seed, epoch, args.epochs) for epoch in range(args.epochs)]
+    orders = [train_order(stage, args.seed, epoch, stage.epochs) for epoch in range(stage.epochs)]
     steps = [order[k : k + size] for order in orders for k in range(0, len(order), size)]
     return [[step[m : m + micro] for m in range(0, len(step), micro)] for step in steps]
 
@@ -310,6 +334,16 @@ weight = number(float, "a finite number, 0 or larger", lambda x: 0 <= x < math.i
 one_or_larger = number(float, "a finite number, 1 or larger", lambda x: 1 <= x < math.inf)
 
 
+def one_or_each(kind: Callable) -> Callable:
+    """An argparse type: one value for all stages, or a list "1,3,1" with a value per stage."""
+
+    def parse(text: str):
+        values = [kind(part) for part in text.split(",")]
+        return values if len(values) > 1 else values[0]
+
+    return parse
+
+
 def common_flags(prog: str, description: str) -> argparse.ArgumentParser:
     """A parser with the flags that all scripts share, to which a script adds its flags. A flag left
     at None gets its value from `resolve_defaults`."""
@@ -324,16 +358,21 @@ def common_flags(prog: str, description: str) -> argparse.ArgumentParser:
     add("--order", help="stages by name (A,B,..), reverse, or a seed (default: the papers' order)")
     add("--limit", type=count, metavar="N", help="training samples per stage (default: all)")
     add("--limit_test", type=count, metavar="N", help="test samples per stage (default: all)")
+    add("--skip_missing", action="store_true", help="leave out records whose image is missing")
     about = "vqacl: read group numbers as class positions or raw COCO ids (default: paper)"
     add("--object_groups", choices=["paper", "released"], help=about)
     add("--hold_out", choices=list(GROUPS), help="vqacl: object group tested but never trained")
     add("--imbalance", type=one_or_larger, metavar="X", help="clt-vqa: n_max / n_min (default: 10)")
     add("--resume", action="store_true", help="continue a killed run")
     add("--plot", nargs="+", metavar="RUN", help="only draw the figures of finished runs")
-    about = "Defaults depend on stream and model (benchmarks.py); a run prints them."
+    about = (
+        "Defaults depend on stream and model (benchmarks.py); a run prints them. E and ETA: one "
+    )
+    about += "value, or one per stage: 1,3,1."
     add = parser.add_argument_group("model and training", about).add_argument
-    add("--epochs", type=count, help="passes over a stage")
-    add("--lr", type=positive, metavar="ETA", help="peak learning rate of AdamW, cosine per stage")
+    add("--epochs", type=one_or_each(count), metavar="E", help="passes over a stage")
+    about = "peak learning rate of AdamW, cosine per stage"
+    add("--lr", type=one_or_each(positive), metavar="ETA", help=about)
     add("--warm_up", type=fraction, metavar="W", help="share of a stage's steps with rising rate")
     add("--batch_size", type=count, metavar="B", help="samples per optimizer step")
     add("--accumulate", type=count, metavar="N", help="micro-batches of B / N samples per step")
@@ -342,10 +381,13 @@ def common_flags(prog: str, description: str) -> argparse.ArgumentParser:
     add("--dropout", type=fraction, metavar="P", help="before LoRA's A")
     add("--targets", metavar="A,B,..", help=f"layers with LoRA, of {', '.join(TARGETS)}")
     add("--max_new_tokens", type=count, metavar="N", help="longest answer")
+    add("--system", metavar="TEXT", help="sentence before every conversation, '' for none")
     add("--eval_batch_size", type=count, default=32, metavar="B", help="of tests (default: 32)")
     add("--device", default="auto", help="auto, cpu or cuda[:N] (default: auto)")
     types = ["auto", "fp32", "bf16"]
     add("--dtype", default="auto", choices=types, help="of frozen weights (default: bf16 on cuda)")
+    about = "run decoder layers again in backward: memory for time (default: on a GPU)"
+    add("--checkpointing", action=argparse.BooleanOptionalAction, help=about)
     add("--threads", type=count, default=0, metavar="N", help="CPU threads (default: torch's)")
     return parser
 
@@ -363,8 +405,8 @@ def published_flag(add, numbers) -> None:
     add("--published", nargs="?", const=chosen(listed), default=(), type=chosen, help=about)
 
 
-def text_width(model: str) -> int:
-    """Hidden size of a LLaVA's language model, from its config.json alone (folder or hub id)."""
+def text_config(model: str):
+    """The config of a LLaVA's language model, read from config.json alone (folder or hub id)."""
     if Path(model).parent.is_dir() and not Path(model).is_dir():  # no hub id: a typing error
         raise InputError(f"model folder {model} does not exist in {Path.cwd()}")
     try:
@@ -376,23 +418,35 @@ def text_width(model: str) -> int:
         raise InputError(f"model folder {model} holds no .safetensors weights")
     if config.model_type != "llava":
         raise InputError(f"model {model} is no LLaVA: its model_type is {config.model_type!r}")
-    return config.text_config.hidden_size
+    return config.text_config
+
+
+def is_tiny(model: str) -> bool:
+    """Is the model so small that TINY's defaults fit it better than REAL's?"""
+    return text_config(model).hidden_size < 512
 
 
 def resolve_defaults(args):
     """Fill every flag left at None from stream and model size, print what was chosen, return args.
 
     Raises InputError if the model is no LLaVA or if flags do not fit each other."""
-    row, width = STREAMS.get(args.stream, Row({})), text_width(args.model)
-    size, values = ("tiny", TINY | row.tiny) if width < 512 else ("full-size", REAL | row.real)
+    row, config = STREAMS.get(args.stream, Row({})), text_config(args.model)
+    size, values = ("tiny", TINY | row.tiny) if is_tiny(args.model) else ("full", REAL | row.real)
     values = values | row.extras
+    if config.model_type != "llama":  # no Vicuna: its template has a system prompt of its own
+        values["system"] = ""
+    for key, value in values.items():
+        if isinstance(value, dict):  # by the name of the stage
+            values[key] = [value[name] for name in ordered(list(row.stages), args.order)]
     chosen = {k: v for k, v in values.items() if getattr(args, k) is None and v is not None}
     vars(args).update(chosen)
     check_args(args)
     if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         args.processes = world  # goes into args.json
-    listed = ", ".join(f"{key} {value}" for key, value in chosen.items()) or "all given"
-    print(f"defaults for {args.stream} and a {size} model (text width {width}): {listed}")
+    words = [f"{key} {value}" for key, value in chosen.items() if value != ""]
+    listed = ", ".join(words) or "all given"
+    width = f"text width {config.hidden_size}"
+    print(f"defaults for {args.stream} and a {size}-size model ({width}): {listed}")
     return args
 
 
@@ -449,17 +503,24 @@ def thumbnails(samples: list[Sample], side: int) -> np.ndarray:
 
 
 @cache
-def template(processor, chat_template, image: bool) -> tuple[str, str, str]:
-    """The model's chat template, as the texts before the question, between question and answer, and
-    from the answer on: rendered once with two private-use characters in their places, so that no
-    question can be mistaken for template text."""
+def template(processor, chat_template, image: bool, system: str) -> tuple[str, str, str, str]:
+    """The model's chat template, as the texts before the question, between question and answer,
+    from the answer on, and from an answer to the next question: rendered with private-use
+    characters in their places, so that no question can be mistaken for template text."""
     q, a = "\ue000", "\ue001"
-    user = [{"type": "image"}] * image + [{"type": "text", "text": q}]
-    talk = [{"role": "user", "content": user}]
-    reply = [{"role": "assistant", "content": [{"type": "text", "text": a}]}]
+
+    def said(role: str, text: str, image: bool = False) -> dict:
+        return {
+            "role": role,
+            "content": [{"type": "image"}] * image + [{"type": "text", "text": text}],
+        }
+
+    talk = [said("system", system)] * bool(system) + [said("user", q, image)]
+    reply = [said("assistant", a), said("user", q)]
     try:
         before, between = processor.apply_chat_template(talk, add_generation_prompt=True).split(q)
-        gap, after = processor.apply_chat_template(talk + reply).split(q)[1].split(a)
+        gap, after = processor.apply_chat_template(talk + reply[:1]).split(q)[1].split(a)
+        turn = processor.apply_chat_template(talk + reply).split(a)[1].split(q)[0]
         if (before + between).count(processor.image_token) != image:
             raise ValueError("image tokens")
     except (ValueError, IndexError):  # no template, or a text that cannot be split so
@@ -472,50 +533,58 @@ def template(processor, chat_template, image: bool) -> tuple[str, str, str]:
     gap = gap.removeprefix(between) if gap.startswith(between) else ""
     eos = processor.tokenizer.eos_token
     after = after.strip()  # LLaVA-1.5: "" (the template forgets </s>); ChatML: <|im_end|>
-    return before, between, gap + a + (after if eos in after else after + eos)
+    after = after if eos in after else after + eos
+    turn = turn.lstrip().removeprefix(after)
+    return before, between, gap + a + after, turn
 
 
-def build_prompt(processor, question: str, answer: str | None = None, image: bool = True):
-    """(text, (question start, question end), answer start) in characters; <image> stands once.
+def build_prompt(processor, question, answer=None, image=True, system="", further=()):
+    """(text, (question start, question end), [(answer start, answer end)]) in characters; <image>
+    stands once.
 
     Without an answer, text is the prompt for generation and ends at `answer start`. With one,
-    text[answer start:] is the answer with its leading blank and end marks: exactly what the model
-    must produce after the prompt, and what is in the loss."""
-    if processor.image_token in question:
+    text[start:end] is the answer with its leading blank and end marks: exactly what the model must
+    produce after the prompt, and what is in the loss. further: later turns (question, answer)."""
+    turns = [(question, answer), *further]
+    if any(processor.image_token in asked for asked, _ in turns):
         raise InputError(f"a question must not contain {processor.image_token}: {question!r}")
-    before, between, ending = template(processor, processor.chat_template, image)
-    text = before + question + between
-    start = len(text)
-    if answer is not None:
-        text += ending.replace("\ue001", answer)
-    return text, (len(before), len(before) + len(question)), start
+    before, between, ending, turn = template(processor, processor.chat_template, image, system)
+    text, spans = before + question + between, []
+    if answer is None:
+        return text, (len(before), len(before) + len(question)), [(len(text), len(text))]
+    for k, (asked, said) in enumerate(turns):
+        text += turn + asked + between if k else ""
+        spans.append((len(text), len(text) + len(ending.replace("\ue001", said))))
+        text += ending.replace("\ue001", said)
+    return text, (len(before), len(before) + len(question)), spans
 
 
 class Collator:
     """Samples -> one batch of tensors [B, S]: input_ids, attention_mask, image_mask, question_mask
     (bool; the question without the stream's suffix) and, for training, labels (-100 except on the
-    answer and its end-of-sequence). `question_offsets`: per sample [(column, start, end)],
-    characters of the question. Training pads right; generation gets prompts only, padded LEFT."""
+    answers and their end-of-sequence). `question_offsets`: per sample [(column, start, end)],
+    characters of the (first) question. system: a sentence before every conversation. Training pads
+    right; generation gets prompts only, padded LEFT."""
 
-    def __init__(self, processor, image_tokens: int):
-        self.processor, self.image_tokens = processor, image_tokens
+    def __init__(self, processor, image_tokens: int, system: str = ""):
+        self.processor, self.image_tokens, self.system = processor, image_tokens, system
         self.tokenizer = processor.tokenizer
         self.image_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
         if not getattr(self.tokenizer, "is_fast", False):
             raise InputError("the model has no fast tokenizer (tokenizer.json) to give offsets")
 
-    def text(self, sample: Sample, train: bool) -> tuple[str, int, int, int]:
-        """(text with P image tokens, question start, question end, answer start)."""
+    def text(self, sample: Sample, train: bool) -> tuple[str, int, int, list]:
+        """(text with P image tokens, question start, question end, answers' [(start, end)])."""
         answer, mark = sample.answer if train else None, self.processor.image_token
-        text, (start, _), target = build_prompt(
-            self.processor, sample.question, answer, bool(sample.image)
-        )
+        about = sample.image is not None, self.system, sample.further
+        text, (start, _), spans = build_prompt(self.processor, sample.question, answer, *about)
         if sample.image:  # one mark becomes P marks, and everything behind it moves
             shift = len(mark) * (self.image_tokens - 1)
-            start, target = start + shift * (start > text.index(mark)), target + shift
+            start += shift * (start > text.index(mark))
+            spans = [(first + shift, last + shift) for first, last in spans]
             text = text.replace(mark, mark * self.image_tokens, 1)
         asked = sample.question.removesuffix(sample.suffix).rstrip()
-        return text, start, start + len(asked), target
+        return text, start, start + len(asked), spans
 
     def __call__(self, samples: list[Sample], train: bool) -> dict:
         tokenizer = self.tokenizer
@@ -528,7 +597,7 @@ class Collator:
         ids, labels = torch.full(size, pad), torch.full(size, -100)  # [B, S]
         attention, question = torch.zeros(size, dtype=torch.long), torch.zeros(size).bool()
         question_offsets = []
-        for b, (sample, start, end, target) in enumerate(zip(samples, *spans)):
+        for b, (sample, start, end, targets) in enumerate(zip(samples, *spans)):
             row, offsets = torch.tensor(coded["input_ids"][b]), coded["offset_mapping"][b]
             first = 0 if train else size[1] - len(row)
             ids[b, first : first + len(row)] = row
@@ -543,7 +612,8 @@ class Collator:
             if train:
                 # A token is in the loss if it ends behind the prompt, so a lone blank before a
                 # digit counts too. Marks added by the tokenizer (<s>) have the empty span (0, 0).
-                answer = torch.tensor([y > target for _, y in offsets])
+                ends = [any(first < y <= last for first, last in targets) for _, y in offsets]
+                answer = torch.tensor(ends)
                 assert answer.sum() > 1, f"sample {sample.id}: {answer.sum()} tokens are answer"
                 labels[b, : len(row)][answer] = row[answer]
         batch = {"input_ids": ids, "attention_mask": attention, "question_mask": question}
@@ -555,13 +625,13 @@ class Collator:
 # ---- 4. python data.py: check a stream -----------------------------------------------------------
 
 
-def show_sample(sample: Sample, processor) -> None:
+def show_sample(sample: Sample, processor, system: str = "") -> None:
     """Print one training sample token by token: is it a question row, is it in the loss?"""
     text, _, _ = build_prompt(processor, sample.question, image=sample.image is not None)
     images = [pad_square(load_image(sample.image), (127, 127, 127))] if sample.image else None
     ids = processor(text=[text], images=images)["input_ids"][0]
     marks = list(ids).count(processor.image_token_id)
-    batch = Collator(processor, marks)([sample], train=True)
+    batch = Collator(processor, marks, system)([sample], train=True)
     print(f"\none sample: {sample.id}, {sample.image}\n{'token':>24}  question row  in the loss")
     for i, token in enumerate(batch["input_ids"][0].tolist()):
         name = repr(processor.tokenizer.decode([token]))
@@ -591,20 +661,23 @@ def main(argv=None) -> int:
     print(f"\n{stream.name} in {stream.root}: {len(stream.stages)} stages, {len(samples)} samples")
     print(f"{'stage':>14} {'train':>8} {'published':>9} {'test':>8} {'published':>9}  groups")
     for stage in stream.stages:
-        train, test = stream.published.get(stage.name, ("-", "-"))
+        train, test = stream.row.stages[stage.name].published
         visits = [f"{stage.train[block[0]].group} {len(block)}" for block in stage.blocks or []]
         sizes = f"{len(stage.train):>8} {train:>9} {len(stage.test):>8} {test:>9}"
         print(f"{stage.name:>14} {sizes}  {' '.join(visits) or '-'}")
     for stage in stream.novel or []:
         print(f"{stage.name:>14} novel test of {args.hold_out}: {len(stage.test)}")
+    print(f"source: {stream.row.source or 'yours'}")
     print(f"\n{len(problems)} problems" if problems else "\nnothing is missing")
     for line in problems[:40]:
         print(f"  {line}")
     if len(problems) > 40:
         print(f"  and {len(problems) - 40} more")
+    if problems and args.data:
+        print(f"\nhow to get the files into DIR = {stream.root}:{stream.row.download}")
     usable = [s for stage in stream.stages for s in stage.train if s.image not in broken]
     if usable:
-        show_sample(usable[0], AutoProcessor.from_pretrained(args.model))
+        show_sample(usable[0], AutoProcessor.from_pretrained(args.model), args.system)
     return 1 if problems else 0
 
 

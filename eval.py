@@ -176,6 +176,7 @@ class Run:
             sys.stdout = open(os.devnull, "w")
         self.folder = start_run(args, script)
         self.args, self.stages, self.novel = args, stream.stages, stream.novel or []
+        self.skipped = stream.skipped  # "stage split" -> records whose image is missing
         T = len(self.stages)
         self.matrix, self.matrix_novel = np.full((2, T, T), np.nan)
         self.facts, self.step, self.bar = {}, 0, None
@@ -183,7 +184,7 @@ class Run:
         sizes = (f"{stage.name} {len(stage.train)} + {len(stage.test)}" for stage in self.stages)
         print(f"{self.folder}: {T} stages, training + test samples: {', '.join(sizes)}")
         micro = args.batch_size // args.accumulate
-        print(f"{args.epochs} epochs, {args.batch_size} samples per step, {micro} at a time")
+        print(f"{args.batch_size} samples per step, {micro} at a time; epochs: {args.epochs}")
 
     def lap(self, name):
         """Book the time since the last call under this name; the record has the sums."""
@@ -234,7 +235,7 @@ class Run:
             raise InputError(
                 f"step {self.step}: loss {values['loss']}, gradient norm {values['gradient_norm']};"
                 f" stopped. The last checkpoint stays in {self.folder}; try a lower --lr (now "
-                f"{self.args.lr:g}) with another --out"
+                f"{self.args.lr}) with another --out"
             )
         line = jsonable({"step": self.step, "stage": t + 1, **values})
         if not silent():
@@ -285,6 +286,7 @@ class Run:
         facts |= {"seconds": sum(self.seconds.values()), "seconds_by_part": self.seconds}
         facts |= {"peak_memory_mb": peak_memory()}
         facts |= {"threads": torch.get_num_threads(), "versions": versions()}
+        facts |= {"skipped": self.skipped} if self.skipped else {}
         facts |= read_run(self.folder)
         if captions := all_caption_scores(self.folder, facts):
             facts["captions"] = captions

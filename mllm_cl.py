@@ -17,6 +17,8 @@ answers with a letter. Then the expert of this letter answers the question.
 
     python mllm_cl.py --stream dcl                      mini stream, tiny LLaVA: laptop, minutes
     python mllm_cl.py --stream dcl --router oracle --experts RUN --out runs/oracle   RUN's experts
+    python mllm_cl.py --stream dcl --router oracle --experts RUN --cross --out runs/cross
+                                                        every expert on every test
     python mllm_cl.py --stream dcl --data DIR --model llava-hf/llava-1.5-7b-hf     one GPU
 
 Letters: B batch, N samples, T tasks, t stage, k expert, d size of frozen features.
@@ -40,8 +42,9 @@ import torch.nn.functional as F
 
 import data
 import plot
-from data import LETTERS, InputError
-from eval import SAVE_EVERY, Run, read_run, set_random_state
+from benchmarks import LETTERS
+from data import InputError
+from eval import SAVE_EVERY, Run, accuracy, evaluate, grid, read_run, set_random_state, show
 from model import LLaVA, read_lora, seed_by, share_out
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
@@ -53,39 +56,30 @@ def parse(argv=None):
     parser.set_defaults(stream="dcl")
     add = parser.add_argument_group("MR-LoRA").add_argument
     ways = ["mllm", "generate", "prototype", "oracle"]
-    add(
-        "--router",
-        choices=ways,
-        default="mllm",
-        help="who picks the expert: the model, by logits; "
-        "by what it says; the nearest mean of frozen features; the task, known (default: mllm)",
-    )
+    about = "who picks the expert: the model, by logits; by what it says; the nearest mean of "
+    about += "frozen features; the task, known (default: mllm)"
+    add("--router", choices=ways, default="mllm", help=about)
     add("--shots", type=data.count, default=20, help="samples kept of every task (default: 20)")
-    add("--router_lr", type=data.positive, help="peak rate (default: 5e-6; tiny model 4e-3)")
-    add("--router_epochs", type=data.count, help="over kept samples (default: 40; tiny model 10)")
-    add("--router_batch", type=data.count, help="samples per step (default: 32; tiny model 16)")
-    add(
-        "--blind_shots",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="a kept sample loses its image in every second pass (default: tiny model only)",
-    )
-    add(
-        "--experts", metavar="RUN", help="take the experts of this finished run, train only routers"
-    )
+    add("--router_lr", type=data.positive, help="peak rate (default: 2e-4; tiny model 4e-3)")
+    add("--router_epochs", type=data.count, help="over kept samples (default: 30; tiny model 10)")
+    add("--router_batch", type=data.count, default=16, help="samples per step (default: 16)")
+    about = "a kept sample loses its image in every second pass (default: tiny model only)"
+    add("--blind_shots", action=argparse.BooleanOptionalAction, help=about)
+    about = "take the experts of this finished run, train only routers"
+    add("--experts", metavar="RUN", help=about)
+    add("--cross", action="store_true", help="at the end every expert answers every test")
     args = parser.parse_args(argv)
     if args.plot:
         return args
-    tiny = data.text_width(args.model) < 512
-    args.router_lr = args.router_lr or (4e-3 if tiny else 5e-6)
-    args.router_epochs = args.router_epochs or (10 if tiny else 40)
-    args.router_batch = args.router_batch or (16 if tiny else 32)
+    tiny = data.is_tiny(args.model)
+    args.router_lr = args.router_lr or (4e-3 if tiny else 2e-4)
+    args.router_epochs = args.router_epochs or (10 if tiny else 30)
     args.blind_shots = tiny if args.blind_shots is None else args.blind_shots
     return data.resolve_defaults(args)
 
 
 SHAPING = """stream data drawn_sha256 model seed limit object_groups hold_out imbalance epochs lr
-    warm_up batch_size accumulate rank alpha dropout targets dtype""".split()  # of an expert
+    warm_up batch_size accumulate rank alpha dropout targets dtype system""".split()  # of an expert
 
 
 def check(args, stream):
@@ -248,7 +242,8 @@ def lessons(half, t, stream, team, args):
     """What one half of a stage trains on: samples, steps, learning rate; no steps: nothing."""
     stages = stream.stages[: t + 1]
     if half == "expert":
-        return stages[t].train, [] if args.experts else data.steps_of(stages[t], args), args.lr
+        steps = [] if args.experts else data.steps_of(stages[t], args)
+        return stages[t].train, steps, stages[t].lr
     if t == 0 or args.router not in ("mllm", "generate"):
         return [], [], args.router_lr
     shots = [(s, k) for k, stage in enumerate(stages) for s in shots_of(stage, args)]
@@ -335,6 +330,21 @@ def answer(llava, team, args, run, samples):
     return [team.answers[key] for key in keys], notes
 
 
+def cross(llava, team, stages, run):
+    """Accuracy (%) of every expert on every test, [expert, task]: what a router can lose."""
+    size, table = run.args.eval_batch_size, np.zeros((len(stages), len(stages)))
+    for k, (name, expert) in enumerate(zip(team.names, team.experts)):
+        llava.load_lora(expert)
+        for i, stage in enumerate(stages):
+            title = f"expert {name} on {stage.name}"
+            rows, _ = evaluate(llava.answer, stage.test, stage.metric, size, title)
+            table[k, i] = accuracy(rows, stage.metric)
+    run.lap("cross")
+    rows = [[name, *map(show, row)] for name, row in zip(team.names, table)]
+    print("expert on task\n" + grid([["", *team.names], *rows]))
+    return {"cross": table}
+
+
 def summary(run, team, lora):
     """For the record: who was sent where after each stage, what is stored, what it cost."""
     T, each = len(team.experts), sum(p.numel() for p in lora)
@@ -361,7 +371,7 @@ def main(args):
     run = Run(args, stream, "mllm_cl")  # its folder: log, matrix, answers, checkpoint, record
     llava = LLaVA(args)  # frozen
     lora = llava.add_lora(args)  # one adapter: an expert, or the router
-    data.show_sample(stream.stages[0].train[0], llava.processor)
+    data.show_sample(stream.stages[0].train[0], llava.processor, args.system)
 
     names = [stage.name for stage in stream.stages]
     team = Team(names, [stream.descriptions.get(name, "") for name in names])
@@ -414,7 +424,8 @@ def main(args):
         run.save((t + 1, 0, 0), **team.state())
 
     print(f"generated and routed: {dict(team.cost)}")
-    run.finish(**summary(run, team, lora))
+    facts = cross(llava, team, stream.stages, run) if args.cross else {}
+    run.finish(**summary(run, team, lora), **facts)
     print("figures:", plot.mllm_cl([run.folder]))
 
 

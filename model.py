@@ -35,7 +35,7 @@ from transformers import LlavaForConditionalGeneration as Llava
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from attention import one_pass_per_block
-from data import TARGETS, Collator, InputError, text_width
+from data import TARGETS, Collator, InputError, text_config
 from features import FeatureCache
 
 # ---- 1. LLaVA ------------------------------------------------------------------------------------
@@ -64,7 +64,8 @@ class LLaVA:
         self.first = processes()[0] == 0  # under torchrun: is this the first process?
         self.model, self.processor = load_llava(args.model, device, dtype)
         self.device = self.model.device
-        if self.device.type != "cpu":
+        on_gpu = self.device.type != "cpu"
+        if on_gpu if args.checkpointing is None else args.checkpointing:
             self.checkpoint_activations()
         tokenizer, eos = self.processor.tokenizer, self.model.generation_config.eos_token_id
         eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
@@ -73,7 +74,7 @@ class LLaVA:
         vision = self.model.config.vision_config
         self.grid = (vision.image_size // vision.patch_size,) * 2
         self.depth = self.model.config.text_config.num_hidden_layers
-        self.collate = Collator(self.processor, self.grid[0] * self.grid[1])
+        self.collate = Collator(self.processor, self.grid[0] * self.grid[1], args.system)
         self.features = FeatureCache(self.model, self.processor)
         size = sum(p.numel() for p in self.model.parameters())
         threads = f"{torch.get_num_threads()} CPU threads"
@@ -367,7 +368,7 @@ def load_llava(name, device="cpu", dtype=None):
     code from the folder is run. Raises InputError if this is no LLaVA or its weights are not whole.
     """
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-    text_width(str(name))  # reads config.json alone: is this a LLaVA at all?
+    text_config(str(name))  # reads config.json alone: is this a LLaVA at all?
     try:
         # use_safetensors: a pickled checkpoint could run code while it is read.
         model, report = Llava.from_pretrained(

@@ -38,7 +38,8 @@ QUESTIONS = (
 )
 ANSWERS = ("red", "three", "no", "on the left side", "a house")
 VICUNA = (
-    "{% for m in messages %}{{ m.role.upper() }}: {% for c in m.content %}"
+    "{% for m in messages %}{% if m.role != 'system' %}{{ m.role.upper() }}: {% endif %}"
+    "{% for c in m.content %}"
     "{% if c.type == 'image' %}<image>\n{% else %}{{ c.text }}{% endif %}{% endfor %} "
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
@@ -143,6 +144,7 @@ def tiny_siglip_qwen_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def loaded(tiny_folder, tiny_siglip_qwen_folder):
     flags = {"threads": 1, "device": "cpu", "dtype": "auto", "max_new_tokens": 4}
+    flags |= {"system": "", "checkpointing": None}
     folders = {"tiny": tiny_folder, "tiny_siglip_qwen": tiny_siglip_qwen_folder}
     return {k: LLaVA(argparse.Namespace(model=str(v), **flags)) for k, v in folders.items()}
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def test_vqa_layout(vqa):
     assert (first.id, first.skill, first.stage, first.group) == ("1500", "color", "color", "G1")
     assert [s.group for s in train] == ["G1", "G2"] and stream.stages[0].metric == "vqa"
     assert sorted(map(tuple, stream.stages[0].blocks)) == [(0,), (1,)]
-    assert stream.published["color"] == (50872, 2192)
+    assert stream.row.stages["color"].published == (50872, 2192)
     assert load("--stream", "vqav2", "--data", vqa).stages[0].blocks is None
 
 
@@ -186,25 +187,136 @@ def test_stream_json_optional_fields_and_links(llava, tmp_path):
     assert stage.test[1].answers == ("A cat", "cat", "cat") and stage.test[1].answer == "cat"
 
 
-def test_released_folders_of_coin(tmp_path):
-    box, signs = {"answer_bbox": "[0.1, 0.2, 0.3, 0.4]"}, {"answer": ["stop", "stop sign"]}
-    home = tmp_path / "playground" / "Instructions_Original"
-    picture(tmp_path / "cl_dataset" / "COCO2014" / "1.png")
+def one_record(split, image, gold="A", question="What is it?"):
+    """A record of a training or a test file, about an image."""
+    if split == "train":
+        return {"id": "1", "image": image, "conversations": talk(f"<image>\n{question}", gold)}
+    return {"question_id": "1", "image": image, "text": question, "answer": gold}
 
-    def files(folder, image, names, gold):
-        train = {"question_id": "1", "image": image, "conversations": talk("<image>\nwhere?", "a")}
-        write(folder / f"{names[0]}.json", [train])
-        test = {"question_id": 7, "image": image, "text": "where?", "size": [4, 4]}
-        write(folder / f"{names[1]}.json", [test | gold])
 
-    files(home / "Grounding", "./COCO2014/1.png", ("train", "test"), box)
-    files(home / "TextVQA", "./COCO2014/1.png", ("train", "val"), signs)
-    words = ["--stream", "coin", "--data", tmp_path, "--order", "Grounding,TextVQA"]
-    first, second = load(*words).stages
-    assert (first.metric, second.metric) == ("iou", "textvqa")
-    assert first.test[0].answers == ("[0.1, 0.2, 0.3, 0.4]",)
-    assert second.test[0].answers == ("stop", "stop sign")
-    assert first.train[0].image == tmp_path / "cl_dataset" / "COCO2014" / "1.png"
+def release(root, train, test, image, stored):
+    """Both files of a stage, and the image in the places `stored`."""
+    for split, file in (("train", train), ("test", test)):
+        write(root / f"{file}.json", [one_record(split, image)])
+    for place in stored:
+        picture(root / place)
+
+
+CLEVR, UCIT = "CLEVR/1.png", "UCIT/CLEVR-Math/"
+INFO = "instructions/InfographicVQA/infographicsVQA_"
+RELEASED = {  # stream, stage -> releases: training file, test file, image as written, as stored
+    ("ucit", "CLEVR"): [
+        ("instructions/CLEVR/train_4w", "instructions/CLEVR/test_3000", CLEVR, "datasets/" + CLEVR),
+        (f"{UCIT}train", f"{UCIT}test", CLEVR, "UCIT/datasets/" + CLEVR),  # MCITlib
+        ("CLEVR-Math/train", "CLEVR-Math/test", CLEVR, CLEVR),  # DIR is its UCIT/
+    ],
+    ("trigap", "InfographicVQA"): [
+        (f"{INFO}train_converted", f"{INFO}val_converted", "info/1.png", "datasets/info/1.png")
+    ],
+    ("coin", "VizWiz"): [
+        (f"{home}/VizWiz/train", f"{home}/VizWiz/val", "./VizWiz/1.png", "cl_dataset/VizWiz/1.png")
+        for home in benchmarks.HOMES
+    ],
+    ("dcl", "RS"): [
+        (f"{top}RS/train", f"{top}RS/test", "images/1.png", f"{top}RS/images/1.png")
+        for top in ("", "domain/")
+    ],
+    ("acl", "OCR"): [
+        (f"{top}OCR/train", f"{top}OCR_test/test", "1.png", f"{top}OCR/1.png {top}OCR_test/1.png")
+        for top in ("", "ability/")
+    ],
+}
+
+
+@pytest.mark.parametrize("stream, stage", RELEASED)
+def test_layouts_as_released(stream, stage, tmp_path, capsys):
+    for k, (train, test, image, stored) in enumerate(RELEASED[stream, stage]):
+        root, stored = tmp_path / str(k), stored.split()
+        release(root, train, test, image, stored)
+        words = ["--stream", stream, "--data", root, "--order", stage]
+        (found,) = load(*words).stages
+        assert found.train[0].image == root / stored[0] and found.test[0].answers == ("A",)
+        assert found.test[0].image == root / stored[-1]
+        (root / stored[-1]).unlink()  # an image that the release lacks, or has in an archive
+        with pytest.raises(InputError, match="json: the image of 1 of 1 .*--skip_missing"):
+            load(*words)
+        write((root / stored[-1]).parent / "images-0.tar.gz", "")
+        with pytest.raises(
+            InputError, match="1 archives there are not extracted: tar -C .*-0.tar.gz"
+        ):
+            load(*words)
+    assert data.main(list(map(str, words))) == 1
+    assert benchmarks.STREAMS[stream].download.splitlines()[1] in capsys.readouterr().out
+
+
+def test_records_whose_image_is_missing_are_left_out_on_demand(llava, capsys):
+    (llava / "stage2/images/1.png").unlink()
+    stream = load("--stream", llava, "--skip_missing")
+    assert stream.skipped == {"stage2 train": 1, "stage2 test": 1}
+    assert [len(stage.train) for stage in stream.stages] == [1, 2]
+    assert "stage2 train: 1 of 2 records are left out" in capsys.readouterr().out
+
+
+GOLDS = [  # stage of CoIN or ACL, file with its golds, what it holds, the golds
+    ("TextVQA", "cl_dataset/{}", {"data": [{"question_id": 1, "answers": ["a", "b"]}]}, ("a", "b")),
+    ("ScienceQA", "cl_dataset/{}", {"1": {"answer": 2}}, ("C",)),
+    ("GQA", "cl_dataset/{}", {"1": {"answer": "left"}}, ("left",)),
+    ("APP", "{}", "index\tanswer\n7\tA\n8\tD\n", ("D",)),
+]
+
+
+@pytest.mark.parametrize("stage, place, content, golds", GOLDS)
+def test_golds_in_files_of_their_own(stage, place, content, golds, tmp_path):
+    stream = "acl" if stage == "APP" else "coin"
+    test = {"TextVQA": "val", "APP": "../APP_test/test"}.get(stage, "test")
+    home = "" if stage == "APP" else "Instructions_Original/"
+    release(
+        tmp_path, f"{home}{stage}/train", f"{home}{stage}/{test}", "1.png", ["cl_dataset/1.png"]
+    )
+    picture(tmp_path / "APP" / "1.png")
+    picture(tmp_path / "APP_test" / "1.png")
+    record = one_record("test", "1.png", "no letter") | {"question_id": "ALL_1"[-1:]}
+    if stage == "APP":
+        record["question_id"] = "ALL_1"
+    write(tmp_path / os.path.normpath(f"{home}{stage}/{test}.json"), [record])
+    words = ["--stream", stream, "--data", tmp_path, "--order", stage]
+    (without,) = load(*words).stages
+    assert without.test[0].answers == ("no letter",)
+    assert (without.metric == "unscored") == (stage == "APP")  # golds that are no option letters
+    file = tmp_path / place.format(benchmarks.GOLDS[stage][0])
+    write(file, content)
+    (stage,) = load(*words).stages
+    assert stage.test[0].answers == golds and stage.metric != "unscored"
+    write(file, "{" if file.suffix == ".json" else "x\n1\n1\n")
+    with pytest.raises(InputError, match="is corrupt|does not hold gold answers"):
+        load(*words)
+
+
+def test_several_turns_are_one_conversation(llava, llama, qwen):
+    further = talk("How many?", "2", *talk("Where?", "on a mat"))
+    edit(TRAIN, conversations=talk("<image>\nWhat?", "A cat", *further))(llava)
+    one = load("--stream", llava).stages[0].train[1]
+    assert (one.question, one.answer) == ("What?", "A cat")
+    assert one.further == (("How many?", "2"), ("Where?", "on a mat"))
+    about = one.question, one.answer, True, "Be nice.", one.further
+    texts = [data.build_prompt(processor, *about)[0] for processor in (llama, qwen)]
+    vicuna = "Be nice. USER: <image>\nWhat? ASSISTANT: A cat</s>USER: How many? ASSISTANT: 2</s>"
+    assert texts[0] == vicuna + "USER: Where? ASSISTANT: on a mat</s>"
+    turn = "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    chatml = turn.format("<image>\nWhat?") + "A cat" + turn.format("How many?") + "2"
+    system = "<|im_start|>system\nBe nice."
+    assert texts[1] == system + chatml + turn.format("Where?") + "on a mat<|im_end|>"
+    for processor in (llama, qwen):  # all answers are in the loss, with their ends
+        batch = data.Collator(processor, 4, "Be nice.")([one, sample()], train=True)
+        labels = batch["labels"][0]
+        end = processor.tokenizer.eos_token
+        said = processor.tokenizer.decode(labels[labels != -100])
+        assert [x.strip() for x in said.split(end)] == ["A cat", "2", "on a mat", ""]
+        asked = batch["input_ids"][0][batch["question_mask"][0]]
+        assert processor.tokenizer.decode(asked).strip() == "What?"
+    edit(TRAIN, image=["1.png", "2.png"])(llava)
+    with pytest.raises(InputError, match="2 images in one record: only one can be read"):
+        load("--stream", llava)
 
 
 # Object groups, orders, limits, the long tail
@@ -288,11 +400,11 @@ def test_training_visits_group_by_group():
 
 
 def test_steps_end_with_their_epoch_and_consist_of_micro_batches():
-    stage = data.Stage("plain", [sample() for _ in range(30)], [], "exact")
+    stage = data.Stage("plain", [sample() for _ in range(30)], [], "exact", epochs=2)
     first, second = data.train_order(stage, 0, 0), data.train_order(stage, 0, 1)
     assert sorted(first) == sorted(second) == list(range(30)) and first != second
     assert second == data.train_order(stage, 0, 1, 5)
-    words = "--epochs 2 --batch_size 8 --accumulate 2".split()
+    words = "--batch_size 8 --accumulate 2".split()
     steps = data.steps_of(stage, parse(*words))
     assert [[len(micro) for micro in step] for step in steps] == ([[4, 4]] * 3 + [[4, 2]]) * 2
     assert [i for step in steps for micro in step for i in micro] == first + second
@@ -309,13 +421,13 @@ def test_schedule_rises_once_then_falls_to_zero():
 
 
 def test_prompts_of_llava_15_and_chatml(llama, qwen):
-    text, (start, end), answer = data.build_prompt(llama, "What color is it?", "red")
+    text, (start, end), [(answer, _)] = data.build_prompt(llama, "What color is it?", "red")
     assert text == "USER: <image>\nWhat color is it? ASSISTANT: red</s>"
     assert text[start:end] == "What color is it?" and text[answer:] == " red</s>"
     assert data.build_prompt(llama, "What color is it?")[0] == text[:answer]
     text, span, _ = data.build_prompt(llama, "USER", "ASSISTANT", image=False)
     assert text == "USER: USER ASSISTANT: ASSISTANT</s>" and span == (6, 10)
-    text, (start, end), answer = data.build_prompt(qwen, "user", "red")
+    text, (start, end), [(answer, _)] = data.build_prompt(qwen, "user", "red")
     head = "<|im_start|>user\n<image>\nuser<|im_end|>\n<|im_start|>assistant\n"
     assert text == head + "red<|im_end|>" and text[:answer] == head
     assert text[start - 8 : end] == "<image>\nuser"
@@ -399,13 +511,16 @@ def replace(path, content):
 TRAIN, TEST = "stage2/train.json", "stage2/test.json"
 LLAVA_FAULTS = [
     (remove(TEST), "missing file .*stage2/test.json"),
-    (remove("stage2/images/1.png"), "record 2: missing image .*images/1.png"),
+    (remove("stage2/images/1.png"), "the image of 1 of 2 records is missing, .*images/1.png"),
     (replace(TEST, []), "stage stage2 has no test data"),
     (replace(TRAIN, '[{"id": 1,\n"x"]'), r"train.json is corrupt or truncated: .*line 2 column 4"),
     (edit(TEST, image="/etc/passwd"), "image path '/etc/passwd' leaves the data folder"),
     (edit(TEST, text="<image> or <image>?"), "2 <image> marks"),
     (edit(TEST, answer=None), "test.json, record 2: the answer must be text"),
-    (edit(TRAIN, conversations=talk("a", "b", {"from": "human"})), "one human turn and one gpt"),
+    (
+        edit(TRAIN, conversations=talk("a", "b", {"from": "human"})),
+        "human and gpt turns, one after",
+    ),
     (replace("stream.json", {"stages": ["../x"]}), "plain folder names"),
     (replace("stream.json", {"metrics": {"stage2": "f1"}}), "metric must be one of exact, same"),
 ]
@@ -429,6 +544,13 @@ def test_faulty_files(layout, fault, message, request):
     fault(root)
     with pytest.raises(InputError, match=message):
         load("--stream", *([root] if layout == "llava" else ["vqacl", "--data", root]))
+
+
+def test_one_value_or_one_per_stage(llava):
+    stages = load("--stream", llava, "--epochs", "1,3", "--lr", "1e-3").stages
+    assert [(stage.epochs, stage.lr) for stage in stages] == [(1, 1e-3), (3, 1e-3)]
+    with pytest.raises(InputError, match="--epochs has 3 values for 2 stages: give one or all"):
+        load("--stream", llava, "--epochs", "1,3,1")
 
 
 def test_faulty_arguments(vqa, llava, tmp_path):
@@ -456,6 +578,10 @@ def test_defaults_follow_stream_and_model(model_folder, capsys):
     assert "lr 0.0001, warm_up 0.1, epochs 3, batch_size 80" in capsys.readouterr().out
     args = defaults("--stream", "vqav2", "--model", large, "--batch_size", 4)
     assert (args.lr, args.epochs, args.batch_size, args.object_groups) == (2e-4, 1, 4, None)
+    args = defaults("--stream", "acl", "--model", large, "--order", "VP,OCR", "--lr", "1e-5")
+    assert (args.epochs, args.lr, args.rank, args.system) == ([1, 3], 1e-5, 32, benchmarks.VICUNA)
+    qwen = model_folder(1024, text_config={"model_type": "qwen2", "hidden_size": 1024})
+    assert defaults("--stream", "dcl", "--model", qwen).system == ""
     for stream in [*data.STREAMS, "my/folder"]:
         args = defaults("--stream", stream, "--model", tiny)
         assert (args.imbalance == 10.0) == (stream == "clt-vqa")
@@ -473,7 +599,7 @@ def test_faulty_models(model_folder, tmp_path):
         ("nobody/no-llava", "model nobody/no-llava cannot be read"),  # offline here
     ):
         with pytest.raises(InputError, match=message):
-            data.text_width(folder if "/" in folder else str(tmp_path / folder))
+            data.text_config(folder if "/" in folder else str(tmp_path / folder))
 
 
 def test_values_that_argparse_rejects(capsys):

@@ -6,6 +6,7 @@ import math
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import run_here
@@ -58,7 +59,8 @@ def test_a_sweep_has_means_deviations_intervals_and_missing_cells():
 @pytest.mark.parametrize("name", sweeps.SWEEPS)
 def test_records_are_those_of_commands_that_scripts_understand(name, monkeypatch):
     """Every command parses, into a folder of its own, and its record has the same settings."""
-    monkeypatch.setattr(data, "text_width", lambda model: 128)
+    config = SimpleNamespace(hidden_size=128, model_type="llama")
+    monkeypatch.setattr(data, "text_config", lambda model: config)
     records, commands, folders = run.read(name), sweeps.cells(name), set()
     assert records and set(records) <= set(commands)
     assert len(records) == len((ROOT / "results" / f"{name}.jsonl").read_text().splitlines())

@@ -15,6 +15,7 @@ import sys
 import traceback
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -316,7 +317,11 @@ YOURS = ("first.py", "l2.py")  # the reader writes these
 
 
 def test_commands_of_all_pages_name_scripts_and_flags_that_exist(monkeypatch):
-    monkeypatch.setattr(data, "text_width", lambda model: 128 if "tiny" in model else 4096)
+    def text_config(model):
+        width = 128 if "tiny" in model else 4096
+        return SimpleNamespace(hidden_size=width, model_type="llama")
+
+    monkeypatch.setattr(data, "text_config", text_config)
     pages, scripts = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "mini/README.md"], set()
     blocks = [re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL) for page in pages]
     for line in "".join(sum(blocks, [])).replace("\\\n", " ").splitlines():
