@@ -306,7 +306,8 @@ class LoRALinear(nn.Module):
 
     B starts at zero, so training starts exactly at the pretrained model. A and B are float32 over a
     base of any dtype: at lr 1e-4 a step of AdamW is smaller than the gap between two neighboring
-    bfloat16 numbers and would be rounded away.
+    bfloat16 numbers and would be rounded away. The products are in the dtype of x: in bfloat16 they
+    use a GPU's tensor cores, and no float32 copy of x is made.
     """
 
     def __init__(self, base, rank, alpha, dropout):
@@ -321,9 +322,9 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.on:
             return y
-        h = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
-        h = F.linear(h, self.A) * self.scale  # [..., r], cheaper to scale than [..., out]
-        return (y + F.linear(h, self.B)).to(y.dtype)  # summed in float32, rounded once
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        h = F.linear(F.dropout(x, self.dropout, self.training), A)
+        return y + F.linear(h * self.scale, B)  # [..., r] is cheaper to scale than [..., out]
 
 
 def target_paths(model, targets):

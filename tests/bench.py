@@ -1,0 +1,175 @@
+"""Time and memory at the widths of LLaVA-1.5-7B, with random weights. Not part of the test suite.
+
+    python tests/bench.py                        two decoder layers on a CPU, float32: 10 minutes
+    python tests/bench.py --dtype bf16           the same in bfloat16
+    python tests/bench.py --device cuda --layers 32 --whole    all layers, the streams' own batches
+    python tests/bench.py --table                the records of results/widths.jsonl as a table
+
+Every script runs two stages of its drawn stream with the defaults of a full-size model and with
+activation checkpointing, as a user would start it; on a CPU with fewer samples in a batch. Beside
+the measured peak stands the one that docs/real.md computes. The answers are noise: what this shows
+is that the sizes fit together, and what they cost. --save appends to results/widths.jsonl.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers as tf
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from eval import git_commit, grid, read_json  # noqa: E402
+
+RECORDS = ROOT / "results" / "widths.jsonl"
+# Without a role before the system sentence, as in the template of llava-hf/llava-1.5-7b-hf.
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role != 'system' %}{{ m.role | upper }}: {% endif %}"
+    "{% for c in m.content %}{% if c.type == 'image' %}<image>\n{% else %}{{ c.text }} {% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+SCRIPTS = {  # script -> its flags; the two stages that are run
+    "asr.py": "--stream vqacl --order recognition,count",
+    "cram.py": "--stream ucit --order ArxivQA,IconQA",
+    "mllm_cl.py": "--stream dcl --order RS,AD --router_epochs 2 --shots 8",
+    "baselines.py": "--method sequential --stream vqacl --order recognition,count",
+}
+FEW = "--limit 4 --limit_test 2 --batch_size 2 --accumulate 1 --epochs 1 --max_new_tokens 4"
+FEW += " --eval_batch_size 2"
+WHOLE = "--limit 80 --limit_test 16 --eval_batch_size 16"
+TOKENS = 576 + 64  # of a sample: image and text
+
+
+def make_model(folder, layers, tower_layers, device):
+    """A LLaVA with the widths of LLaVA-1.5-7B and random weights, saved in bfloat16."""
+    tiny = tf.AutoProcessor.from_pretrained(ROOT / "mini" / "tiny-llava")
+    vision = tf.CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=tower_layers,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    text = tf.LlamaConfig(
+        vocab_size=32064,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        eos_token_id=tiny.tokenizer.eos_token_id,
+        pad_token_id=tiny.tokenizer.pad_token_id,
+    )
+    mark = tiny.tokenizer.convert_tokens_to_ids("<image>")
+    config = tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=mark)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = tf.LlavaForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    pixels = tf.CLIPImageProcessorPil(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+    )
+    tf.LlavaProcessor(
+        image_processor=pixels,
+        tokenizer=tiny.tokenizer,
+        patch_size=14,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def computed_mb(weights, lora, layers, micro, dtype):
+    """The formula of docs/real.md, in MB: weights, adapters with gradient and moments, and what
+    checkpointing keeps of `micro` samples, which is the input of every layer. What autograd keeps
+    of the one layer that runs again is left out: the computed number is a lower bound."""
+    size = {"bf16": 2, "fp32": 4}[dtype]
+    inputs = micro * size * layers * TOKENS * 4096
+    return (size * weights + 16 * lora + inputs) / 1e6
+
+
+def run(script, flags, args, folder):
+    """One script as a process of its own; its record."""
+    out = folder / f"{Path(script).stem}-{args.dtype}"
+    words = [sys.executable, str(ROOT / script), *flags, "--out", str(out)]
+    words += ["--model", str(folder / "model"), "--device", args.device, "--dtype", args.dtype]
+    words += ["--checkpointing"]
+    subprocess.run(words, cwd=ROOT, check=True)
+    record = read_json(out / "summary.json")
+    steps = read_json(out / "metrics.jsonl", lines=True)
+    micro = record["args"]["batch_size"] // record["args"]["accumulate"]
+    train = sum(record["seconds_by_part"].get(part, 0) for part in ("train", "buffer", "expert"))
+    trained = sum(line.get("phase", "train") != "router" for line in steps)
+    return {
+        "script": script,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+        "dtype": args.dtype,
+        "layers": args.layers,
+        "rank": record["args"]["rank"],
+        "micro_batch": micro,
+        "batch_size": record["args"]["batch_size"],
+        "seconds_a_step": train / trained,
+        "seconds": record["seconds"],
+        "peak_mb": record["peak_memory_mb"],
+        "trainable_parameters": record["trainable_parameters"],
+        "finite": all(abs(line["loss"]) < 1e4 for line in steps),
+        "versions": record["versions"],
+        "commit": git_commit(),
+    }
+
+
+def table(records):
+    head = "script device dtype layers batch micro rank|s a step|peak, MB|computed, MB"
+    columns = head.split("|")
+    rows = [columns[0].split() + columns[1:]]
+    for r in records:
+        about = [r[key] for key in "script device dtype layers batch_size micro_batch rank".split()]
+        numbers = [f"{r['seconds_a_step']:.2f}", f"{r['peak_mb']:,.0f}", f"{r['computed_mb']:,.0f}"]
+        rows.append([*map(str, about), *numbers])
+    return grid(rows, markdown=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--layers", type=int, default=2, help="of the decoder (default: 2)")
+    parser.add_argument("--tower_layers", type=int, default=3, help="(default: 3; the real one 24)")
+    parser.add_argument("--whole", action="store_true", help="the streams' own batches and epochs")
+    parser.add_argument("--scripts", nargs="+", default=list(SCRIPTS), choices=list(SCRIPTS))
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "bench" / time.strftime("%H%M%S")
+    )
+    parser.add_argument("--save", action="store_true", help=f"append to {RECORDS.name}")
+    parser.add_argument("--table", action="store_true", help="only print the records")
+    args = parser.parse_args()
+    if args.table:
+        print(table(read_json(RECORDS, lines=True)))
+        return
+    weights = make_model(args.out / "model", args.layers, args.tower_layers, args.device)
+    records = []
+    for script in args.scripts:
+        flags = SCRIPTS[script].split() + (WHOLE if args.whole else FEW).split()
+        if script == "asr.py":  # captures the last four
+            flags += ["--layers", str(min(4, args.layers))]
+        record = run(script, flags, args, args.out)
+        size = weights, record["trainable_parameters"], args.layers, record["micro_batch"]
+        record["computed_mb"] = computed_mb(*size, args.dtype)
+        records.append(record)
+        if args.save:
+            with open(RECORDS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()
