@@ -286,11 +286,10 @@ class StackedLoRALinear(LoRALinear):
         y = self.base(x)
         alone = self.alone and self.training
         A, B = (self.A, self.B) if alone else self.all_pairs()
-        h = dropout(x.to(A.dtype), self.dropout, self.training)
-        h = linear(h, A) * self.scale
+        h = linear(dropout(x, self.dropout, self.training), A.to(x.dtype)) * self.scale
         if self.weights is not None and not self.training:  # h [B, S, n r]
-            h = h * self.weights.repeat_interleave(len(self.A), 1)[:, None]
-        return (y + linear(h, B)).to(y.dtype)
+            h = h * self.weights.repeat_interleave(len(self.A), 1)[:, None].to(x.dtype)
+        return y + linear(h, B.to(x.dtype))
 
 
 class OLoRA(Sequential):
@@ -402,10 +401,10 @@ class MoELoRALinear(torch.nn.Module):
         self.G = torch.nn.Parameter(G)
 
     def forward(self, x):
-        y, x = self.base(x), x.to(self.A.dtype)
-        g = linear(x, self.G).softmax(-1).repeat_interleave(len(self.A) // len(self.G), -1)
-        h = linear(dropout(x, self.dropout, self.training), self.A) * g * self.scale
-        return (y + linear(h, self.B)).to(y.dtype)
+        A, B, G = (p.to(x.dtype) for p in (self.A, self.B, self.G))
+        g = linear(x, G).softmax(-1).repeat_interleave(len(A) // len(G), -1)
+        h = linear(dropout(x, self.dropout, self.training), A) * g * self.scale
+        return self.base(x) + linear(h, B)
 
 
 class MoELoRA(Sequential):

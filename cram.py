@@ -206,27 +206,31 @@ class ExpertLinear(nn.Module):
         y, routing = self.base(x), self.routing
         if routing.weights is None and not routing.buffer:
             return y
-        z = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
+        z = F.dropout(x, self.dropout, self.training)
         if routing.buffer:
-            return (y + F.linear(F.linear(z, self.new_A) * self.scale, self.new_B)).to(y.dtype)
+            A, B = (
+                self.new_A.to(x.dtype),
+                self.new_B.to(x.dtype),
+            )  # float32 weights, as in LoRALinear
+            return y + F.linear(F.linear(z, A) * self.scale, B)
         A, B, owner = self.A, self.B, self.owner
         if self.new_A is not None:
             A, B = torch.cat([A, self.new_A]), torch.cat([B, self.new_B], 1)
             newest = owner.new_full((len(self.new_A),), routing.weights.shape[1] - 1)
             owner = torch.cat([owner, newest])
-        pi = routing.weights[:, owner] * self.scale  # [B, R]
+        pi = (routing.weights[:, owner] * self.scale).to(x.dtype)  # [B, R]
         if routing.image_mask is not None and self.old_outputs is not None:
             inside = self.outputs_inside_old(x.detach())
             # A checkpointed layer comes by again in backward; the first result stays.
             self.inside = inside if self.inside is None else self.inside
-        return (y + F.linear(F.linear(z, A) * pi[:, None], B)).to(y.dtype)
+        return y + F.linear(F.linear(z, A.to(x.dtype)) * pi[:, None], B.to(x.dtype))
 
     def outputs_inside_old(self, x):
         """mean_b gamma_b |Q^T z_b|^2, z_b the new expert's output for the mean hidden state of the
         image tokens, Q the outputs of the group's older experts [9]."""
-        mask = self.routing.image_mask.to(self.A.dtype)  # [B, S]
-        mean = torch.einsum("bs,bsd->bd", mask, x.to(self.A.dtype))
-        mean = mean / mask.sum(1, keepdim=True).clamp(min=1)
+        mask = self.routing.image_mask  # [B, S]
+        total = torch.einsum("bs,bsd->bd", mask.to(x.dtype), x)
+        mean = total.to(self.A.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
         z = F.linear(F.linear(mean, self.new_A) * self.scale, self.new_B)  # [B, D_out]
         return (self.routing.gamma * (z @ self.old_outputs).square().sum(1)).mean()
 

@@ -1,4 +1,4 @@
-"""The scripts on a GPU, with activation checkpointing, beside a CPU; skipped where there is none."""
+"""The scripts on a GPU, with activation checkpointing, beside a CPU."""
 
 import json
 import os
