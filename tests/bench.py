@@ -1,6 +1,6 @@
 """Time and memory at the widths of LLaVA-1.5-7B, with random weights. Not part of the test suite.
 
-    python tests/bench.py                        two decoder layers on a CPU, float32: 10 minutes
+    python tests/bench.py                        two decoder layers on a CPU: 15 minutes, 6 GB
     python tests/bench.py --dtype bf16           the same in bfloat16
     python tests/bench.py --device cuda --layers 32 --whole    all layers, the streams' own batches
     python tests/bench.py --table                the records of results/widths.jsonl as a table
@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers as tf
 
@@ -42,7 +43,7 @@ SCRIPTS = {  # script -> its flags; the two stages that are run
 }
 FEW = "--limit 4 --limit_test 2 --batch_size 2 --accumulate 1 --epochs 1 --max_new_tokens 4"
 FEW += " --eval_batch_size 2"
-WHOLE = "--limit 80 --limit_test 16 --eval_batch_size 16"
+WHOLE = "--limit 48 --limit_test 16 --eval_batch_size 16"
 TOKENS = 576 + 64  # of a sample: image and text
 
 
@@ -99,7 +100,7 @@ def computed_mb(weights, lora, layers, micro, dtype):
 
 def run(script, flags, args, folder):
     """One script as a process of its own; its record."""
-    out = folder / f"{Path(script).stem}-{args.dtype}"
+    out = folder / f"{Path(script).stem}-{args.dtype}-{args.micro or 'default'}"
     words = [sys.executable, str(ROOT / script), *flags, "--out", str(out)]
     words += ["--model", str(folder / "model"), "--device", args.device, "--dtype", args.dtype]
     words += ["--checkpointing"]
@@ -108,7 +109,8 @@ def run(script, flags, args, folder):
     steps = read_json(out / "metrics.jsonl", lines=True)
     micro = record["args"]["batch_size"] // record["args"]["accumulate"]
     train = sum(record["seconds_by_part"].get(part, 0) for part in ("train", "buffer", "expert"))
-    trained = sum(line.get("phase", "train") != "router" for line in steps)
+    epochs = np.ones(2) * record["args"]["epochs"]  # of the two stages
+    trained = record["args"]["limit"] * epochs.sum()
     return {
         "script": script,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
@@ -117,7 +119,7 @@ def run(script, flags, args, folder):
         "rank": record["args"]["rank"],
         "micro_batch": micro,
         "batch_size": record["args"]["batch_size"],
-        "seconds_a_step": train / trained,
+        "seconds_a_sample": train / trained,
         "seconds": record["seconds"],
         "peak_mb": record["peak_memory_mb"],
         "trainable_parameters": record["trainable_parameters"],
@@ -128,12 +130,16 @@ def run(script, flags, args, folder):
 
 
 def table(records):
-    head = "script device dtype layers batch micro rank|s a step|peak, MB|computed, MB"
+    head = "script device dtype layers batch micro rank|s a sample|peak, MB|computed, MB"
     columns = head.split("|")
     rows = [columns[0].split() + columns[1:]]
     for r in records:
         about = [r[key] for key in "script device dtype layers batch_size micro_batch rank".split()]
-        numbers = [f"{r['seconds_a_step']:.2f}", f"{r['peak_mb']:,.0f}", f"{r['computed_mb']:,.0f}"]
+        numbers = [
+            f"{r['seconds_a_sample']:.3f}",
+            f"{r['peak_mb']:,.0f}",
+            f"{r['computed_mb']:,.0f}",
+        ]
         rows.append([*map(str, about), *numbers])
     return grid(rows, markdown=True)
 
@@ -145,6 +151,7 @@ def main():
     parser.add_argument("--layers", type=int, default=2, help="of the decoder (default: 2)")
     parser.add_argument("--tower_layers", type=int, default=3, help="(default: 3; the real one 24)")
     parser.add_argument("--whole", action="store_true", help="the streams' own batches and epochs")
+    parser.add_argument("--micro", type=int, help="with --whole: samples at a time")
     parser.add_argument("--scripts", nargs="+", default=list(SCRIPTS), choices=list(SCRIPTS))
     parser.add_argument(
         "--out", type=Path, default=ROOT / "runs" / "bench" / time.strftime("%H%M%S")
@@ -155,10 +162,16 @@ def main():
     if args.table:
         print(table(read_json(RECORDS, lines=True)))
         return
+    args.out.mkdir(parents=True, exist_ok=True)
     weights = make_model(args.out / "model", args.layers, args.tower_layers, args.device)
     records = []
     for script in args.scripts:
         flags = SCRIPTS[script].split() + (WHOLE if args.whole else FEW).split()
+        if args.micro:
+            batch = {"vqacl": 80}.get(flags[flags.index("--stream") + 1], 16)
+            flags += ["--accumulate", str(batch // args.micro)]
+        if script == "mllm_cl.py" and not args.whole:
+            flags += ["--router_batch", "2"]
         if script == "asr.py":  # captures the last four
             flags += ["--layers", str(min(4, args.layers))]
         record = run(script, flags, args, args.out)
