@@ -111,6 +111,7 @@ def run(script, flags, args, folder):
     train = sum(record["seconds_by_part"].get(part, 0) for part in ("train", "buffer", "expert"))
     epochs = np.ones(2) * record["args"]["epochs"]  # of the two stages
     trained = record["args"]["limit"] * epochs.sum()
+    asked = record.get("cost", {}).get("generations", 3 * record["args"]["limit_test"])
     return {
         "script": script,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
@@ -120,6 +121,7 @@ def run(script, flags, args, folder):
         "micro_batch": micro,
         "batch_size": record["args"]["batch_size"],
         "seconds_a_sample": train / trained,
+        "seconds_a_question": record["seconds_by_part"]["evaluation"] / asked,
         "seconds": record["seconds"],
         "peak_mb": record["peak_memory_mb"],
         "trainable_parameters": record["trainable_parameters"],
@@ -130,13 +132,16 @@ def run(script, flags, args, folder):
 
 
 def table(records):
-    head = "script device dtype layers batch micro rank|s a sample|peak, MB|computed, MB"
+    head = (
+        "script device dtype layers batch micro rank|s a sample|s a question|peak, MB|computed, MB"
+    )
     columns = head.split("|")
     rows = [columns[0].split() + columns[1:]]
     for r in records:
         about = [r[key] for key in "script device dtype layers batch_size micro_batch rank".split()]
         numbers = [
             f"{r['seconds_a_sample']:.3f}",
+            f"{r['seconds_a_question']:.3f}",
             f"{r['peak_mb']:,.0f}",
             f"{r['computed_mb']:,.0f}",
         ]
