@@ -197,11 +197,15 @@ def test_a_run_leaves_its_records(whole):
 
 
 def test_experts_do_not_depend_on_the_order_of_the_tasks(whole, flags, tmp_path):
-    run = run_here("mllm_cl", [*flags, "--order", "three,one", "--router", "oracle"], tmp_path)
+    flags = [*flags, *"--order three,one --router oracle --cross".split()]
+    run = run_here("mllm_cl", flags, tmp_path)
     for name in ("three", "one"):
         file = f"experts/{name}/adapter_model.safetensors"
         assert (run / file).read_bytes() == (whole / file).read_bytes()
-    assert evaluation.read_json(run / "summary.json")["routing_accuracy"] == [100, 100]
+    record = evaluation.read_json(run / "summary.json")
+    assert record["routing_accuracy"] == [100, 100]
+    cross = np.array(record["cross"])  # [expert, task]: with the task known the own expert answers
+    assert cross.diagonal().tolist() == record["matrix"][1] and cross[0, 1] != cross[1, 1]
     assert not (run / "router").exists()
 
 
