@@ -435,7 +435,7 @@ def test_blind(run, method):
         rows, _ = evaluate(answer, stage.test, stage.metric, run.args.eval_batch_size, "blind")
         scores.append(accuracy(rows, stage.metric))
         write_predictions(run.folder, T - 1, f"blind-{i + 1}", rows)
-        seeing = read_json(predictions_file(run.folder, T - 1, i), lines=True)
+        seeing = read_json(predictions_file(run.folder, T - 1, i))
         for a, b in zip(seeing, rows):
             kinds.setdefault(b["skill"], []).append((100 * a["score"], 100 * b["score"]))
     kinds = {kind: np.mean(pairs, 0) for kind, pairs in kinds.items()}

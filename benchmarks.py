@@ -297,10 +297,14 @@ def object_group(category: int, reading: str = "paper") -> str:
 # ---- 2. Readers, one per layout ------------------------------------------------------------------
 
 
-def read_json(path: Path, kind: type):
-    """Content of a JSON file that must hold a `kind` (list or dict); InputError with the line."""
+def read_json(path: Path, kind: type = object):
+    """Content of a .json file, or the list in a .jsonl file; InputError with file and line, or if
+    it holds no `kind` (list or dict)."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        if Path(path).suffix == ".jsonl":  # as one array, in which every line keeps its number
+            text = "[" + ",\n".join(text.splitlines()) + "]"
+        content = json.loads(text)
     except FileNotFoundError:
         raise InputError(f"missing file {path}") from None
     except (OSError, ValueError) as error:  # broken JSON says its line and column

@@ -43,6 +43,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks import read_json
 from data import InputError, input_errors
 from model import gather, processes, share_out
 from scorers import caption_scores, score
@@ -360,23 +361,6 @@ def write_json(path, content):
     write_text(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def read_json(path, lines=False):
-    """Content of a .json file, or the list in a .jsonl file; InputError names file and line."""
-    rows = []
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        if not lines:
-            return json.loads(text)
-        for line in text.splitlines():
-            rows.append(json.loads(line))
-        return rows
-    except json.JSONDecodeError as error:
-        line = len(rows) + error.lineno
-        raise InputError(f"{path}, line {line}: not valid JSON ({error.msg})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-
-
 def start_run(args, script):
     """Make the run folder (args.out or runs/SCRIPT-STREAM-SEED) with its args.json; return it.
 
@@ -472,7 +456,7 @@ def all_caption_scores(run, record):
     """{stage: every caption score} of the last row of the matrix; the matrix has their mean."""
     end = len(record["stages"]) - 1
     stages = [i for i, scorer in enumerate(record["scorers"]) if scorer == "caption"]
-    rows = {i: read_json(predictions_file(run, end, i), lines=True) for i in stages}
+    rows = {i: read_json(predictions_file(run, end, i)) for i in stages}
     return {record["stages"][i]: caption_scores(rows[i]) for i in stages}
 
 
@@ -482,7 +466,7 @@ def rescore(run):
     matrix = np.array(saved["matrix"], dtype=float)
     wrong = []
     for t, i in np.argwhere(np.isfinite(matrix)).tolist():
-        rows = read_json(predictions_file(run, t, i), lines=True)
+        rows = read_json(predictions_file(run, t, i))
         scorer = saved["scorers"][i]
         rows = [r | {"score": score(scorer, r["text"], r["answers"], r)} for r in rows]
         again = accuracy(rows, scorer)

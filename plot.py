@@ -237,7 +237,7 @@ def read_skills(folder, record):
     facts, stages, skills = read_facts(folder, "phi"), record["stages"], {}
     last = sum(row[0] is not None for row in record["matrix"])
     for i, t in [(b, a) for b in range(1, last) for a in range(b, last + 1)]:
-        rows = read_json(predictions_file(folder, t - 1, i - 1), lines=True)
+        rows = read_json(predictions_file(folder, t - 1, i - 1))
         values = [facts[f"{t}-{i}-{name}"] for name in ("phi", "angular", "radial")]
         values.append(np.array([row["score"] for row in rows]))
         kinds = np.array([row["skill"] for row in rows])
@@ -320,7 +320,7 @@ def asr_cases(record, path):
     for i in range(1, min(last, 5)):
         images, views = facts[f"{i}-{i}-picture"], {"just after its stage": i, "at the end": last}
         files = [predictions_file(folder, t - 1, i - 1) for t in views.values()]
-        pairs = list(zip(*(read_json(file, lines=True) for file in files)))[: len(images)]
+        pairs = list(zip(*(read_json(file) for file in files)))[: len(images)]
         k = int(np.argmax([abs(a["score"] - b["score"]) for a, b in pairs]))
         question = textwrap.shorten(pairs[k][0]["prompt"].split("\n")[0], 66)
         title = f"{textwrap.fill(question, 22)}\n-> {pairs[k][0]['answers'][0][:20]}"
@@ -396,7 +396,7 @@ def mllm_cl_cases(record, path):
     facts, stages = read_facts(record["folder"], "picture"), record["stages"]
     cells, T = [], len(stages)
     for i, stage in enumerate(stages):
-        answers = read_json(predictions_file(record["folder"], T - 1, i), lines=True)
+        answers = read_json(predictions_file(record["folder"], T - 1, i))
         probabilities = facts[f"{T}-{i + 1}-probability"]
         for answer, p, picture in zip(answers, probabilities, facts[f"{i + 1}-{i + 1}-picture"]):
             best = np.argsort(-p, kind="stable")[:2]
@@ -446,7 +446,7 @@ def mllm_cl(folders, path=None):
 def docs(root="."):
     """The pictures of README and docs that come from the records in results/."""
     names, path = ("cram", "report", "report-drift"), Path(root, "docs", "figures")
-    sweeps = {name: read_json(Path(root, "results", f"{name}.jsonl"), lines=True) for name in names}
+    sweeps = {name: read_json(Path(root, "results", f"{name}.jsonl")) for name in names}
     home = [record for record in sweeps["cram"] if record["stream"] == "ucit"]
     rows = {"sequential LoRA": "sequential", "CRAM": "CRAM"}
     groups = {label: [r for r in home if r["row"] == row] for label, row in rows.items()}

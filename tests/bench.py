@@ -106,7 +106,7 @@ def run(script, flags, args, folder):
     words += ["--checkpointing"]
     subprocess.run(words, cwd=ROOT, check=True)
     record = read_json(out / "summary.json")
-    steps = read_json(out / "metrics.jsonl", lines=True)
+    steps = read_json(out / "metrics.jsonl")
     micro = record["args"]["batch_size"] // record["args"]["accumulate"]
     train = sum(record["seconds_by_part"].get(part, 0) for part in ("train", "buffer", "expert"))
     epochs = np.ones(2) * record["args"]["epochs"]  # of the two stages
@@ -165,7 +165,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="only print the records")
     args = parser.parse_args()
     if args.table:
-        print(table(read_json(RECORDS, lines=True)))
+        print(table(read_json(RECORDS)))
         return
     args.out.mkdir(parents=True, exist_ok=True)
     weights = make_model(args.out / "model", args.layers, args.tower_layers, args.device)

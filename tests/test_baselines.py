@@ -209,7 +209,7 @@ def test_the_method_of_the_docs_runs(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(plot, "baselines", lambda folders: None)
     exec(compile(program, "l2.py", "exec"), {"__name__": "__main__"})
-    lines = evaluation.read_json(tmp_path / "run" / "metrics.jsonl", lines=True)
+    lines = evaluation.read_json(tmp_path / "run" / "metrics.jsonl")
     penalty = [line.get("l2") for line in lines]
     assert penalty[:3] == [None, None, 0] and penalty[4] == 0 < min(penalty[3], penalty[5])
     record = evaluation.read_json(tmp_path / "run" / "summary.json")

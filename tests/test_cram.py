@@ -284,7 +284,7 @@ def run(flags, tmp_path):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
         usual = "--targets q,k --buffer_share 0.5 --published 7 --limit 8 --limit_test 4"
         run_here("cram", [*flags, *usual.split(), *more.split()], out)
-        lines = evaluation.read_json(out / "metrics.jsonl", lines=True)
+        lines = evaluation.read_json(out / "metrics.jsonl")
         penalty, facts = max(line["orthogonality"] for line in lines), np.load(out / "facts.npz")
         return out, evaluation.read_json(out / "summary.json"), facts.get("3-2-weights"), penalty
 

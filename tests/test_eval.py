@@ -293,5 +293,5 @@ def test_command_line_compares_and_rescores(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "after stage 3 on task 2 (count) the predictions give 75.0000" in out
     path.write_text("{}\n{\n")
-    with pytest.raises(InputError, match=r"after-3-on-2.jsonl, line 2"):
+    with pytest.raises(InputError, match=r"after-3-on-2.jsonl is corrupt or truncated: .*line 2"):
         ev.main([str(first)])
