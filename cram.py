@@ -26,9 +26,9 @@ do not have. So a stage that resembles an old one costs fewer parameters.
 Letters: B batch, N samples, S sequence, E experts, G groups, R rank rows of all experts together,
 d size of instruction features, c of image features, D_in and D_out of a layer; t stage, k expert.
 
-Numbers in brackets, [3], are the deviations from the paper of docs/cram.md, which gives reasons and
-sources. The ones that change results most: routing is per sample [1], sigma follows from the
-centroids [5], and the features are LLaVA's own [6].
+Numbers in brackets, [3], are the deviations of docs/cram.md, which gives reasons and sources. The
+ones that change results most: routing is per sample [1], sigma follows from the centroids [5], and
+the features are LLaVA's own [6].
 """
 
 import math
@@ -50,7 +50,7 @@ from model import LLaVA, seed_by
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
 
-PUBLISHED = (4, 5, 7, 11, 12, 13)  # deviations of docs/cram.md that --published takes back
+PUBLISHED = (3, 4, 5, 7, 11, 12, 13)  # deviations of docs/cram.md that --published takes back
 BUFFER_RANK, R_MIN = 48, 4  # rank of the buffer; least rank of an expert in a layer
 THETA, JOIN = 0.1, 0.8  # cosine to the best group: least lead over the second, and least value
 TAU_ORTH = 0.99  # the novelty that a direction needs
@@ -64,6 +64,7 @@ def parse(argv=None):
     add("--routing_features", default="llava", help="or the name of a CLIP model (default: llava)")
     add("--buffer_share", type=data.fraction, default=0.05, help="of the steps (default: 0.05)")
     add("--tau_alloc", type=data.weight, help="least s S_i that is kept (default: 0.08; tiny 0.13)")
+    add("--weight_decay", type=data.weight, help="of AdamW (default: 0; tiny 0.01)")
     add("--sigma_share", type=data.positive, default=1 / 3, help="sigma / median distance (1/3)")
     add("--lambda_orth", type=data.weight, default=1.0, help="weight of L_orth (default: 1)")
     ways = ["centroid", "uniform", "oracle"]
@@ -77,8 +78,10 @@ def parse(argv=None):
         return args
     args.rank = args.rank or (10 if args.stream == "trigap" else 9)
     args.alpha = args.alpha or 2.0 * args.rank
+    tiny = data.is_tiny(args.model)
+    if args.weight_decay is None:
+        args.weight_decay = 0.01 if tiny and 3 not in args.published else 0.0
     if args.tau_alloc is None:
-        tiny = data.is_tiny(args.model)
         args.tau_alloc = 0.13 if tiny and 12 not in args.published else 0.08
     if args.routing == "uniform" and not args.reuse:
         raise InputError("--routing uniform with --no-reuse: of even weights none is the largest")
@@ -208,10 +211,8 @@ class ExpertLinear(nn.Module):
             return y
         z = F.dropout(x, self.dropout, self.training)
         if routing.buffer:
-            A, B = (
-                self.new_A.to(x.dtype),
-                self.new_B.to(x.dtype),
-            )  # float32 weights, as in LoRALinear
+            # float32 weights, as in LoRALinear
+            A, B = self.new_A.to(x.dtype), self.new_B.to(x.dtype)
             return y + F.linear(F.linear(z, A) * self.scale, B)
         A, B, owner = self.A, self.B, self.owner
         if self.new_A is not None:
@@ -325,7 +326,7 @@ def shrink_buffers(layers, older, args):
 def warm_up_steps(steps, args):
     """How many of a stage's steps train the buffer: at least 16 [7], and one less than all."""
     least = 1 if 7 in args.published else 16
-    warm = max(math.ceil(args.buffer_share * steps), least) if args.buffer_share else 0
+    warm = max(round(args.buffer_share * steps), least) if args.buffer_share else 0
     return min(warm, steps - 1)
 
 
@@ -469,14 +470,14 @@ def main(args):
             for layer in layers:
                 layer.fresh_pair(BUFFER_RANK if warm else args.rank)
         lora = [p for layer in layers for p in (layer.new_A, layer.new_B)]
-        optimizer = torch.optim.AdamW(lora, lr=stage.lr, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(lora, lr=stage.lr, weight_decay=args.weight_decay)
         if begin:
             optimizer.load_state_dict(state["optimizer"])
         llava.model.train()
         for k in run.steps(t, len(steps), begin):
             if k == warm and warm:  # no second warm-up of the rate: it has trained directions
                 lora = shrink_buffers(layers, older, args)
-                optimizer = torch.optim.AdamW(lora, lr=stage.lr, weight_decay=0.01)
+                optimizer = torch.optim.AdamW(lora, lr=stage.lr, weight_decay=args.weight_decay)
             routing.buffer = k < warm
             lr = stage.lr * data.schedule(k, len(steps), args.warm_up)
             optimizer.param_groups[0]["lr"] = lr

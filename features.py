@@ -2,19 +2,26 @@
 
     FeatureCache         LLaVA's own tower: every image file goes through it once
     question_and_image   one vector per question and per image, by LLaVA's own frozen parts
-    ClipFeatures         the same by a CLIP model
+    ClipFeatures         the same by a CLIP model, as in CRAM's public code
 
-Letters in shapes: B batch, P image patches, C width of the tower, d width of a question's vector.
+Letters in shapes: B batch, P image patches, C width of the tower, d width of a question's vector,
+c of an image's.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from transformers import CLIPModel, CLIPProcessor
 
 from data import InputError, load_image, pad_square
 
 FEATURE_GB = 4.0  # how much of them is kept in memory; a 7B image is 576 x 1024 bfloat16 = 1.2 MB
+
+
+def border_of(image_processor):
+    """As in LLaVA's own training: the border gets the mean color, which normalizes to zero."""
+    return tuple(int(255 * c) for c in image_processor.image_mean)
 
 
 class FeatureCache:
@@ -30,8 +37,7 @@ class FeatureCache:
     def __init__(self, model, processor):
         self.model, self.processor, self.rows = model, processor, {}
         self.room, self.tower_runs = FEATURE_GB * 1e9, 0  # bytes; images through the tower
-        # As in LLaVA's own training: the border gets the mean color, which normalizes to zero.
-        self.border = tuple(int(255 * c) for c in processor.image_processor.image_mean)
+        self.border = border_of(processor.image_processor)
 
     def __call__(self, paths):
         """Raises InputError for an unreadable image."""
@@ -72,7 +78,9 @@ def question_and_image(llava, batch, missing=math.nan):
 
 
 class ClipFeatures:
-    """The same by a CLIP model, as published: its projected embeddings of question and image."""
+    """The same by a CLIP model, as in CRAM's public code: u [B, d] is the text tower's pooled
+    output, not projected, with layer norm; q [B, c] the projected embedding of the image padded to
+    a square, not normalized, nan for pure text. Raises InputError if NAME is no CLIP model."""
 
     def __init__(self, name, device):
         try:
@@ -85,8 +93,9 @@ class ClipFeatures:
         except Exception as error:  # no folder, no network, other shapes: many kinds
             line = str(error).strip().split("\n")[0]
             raise InputError(f"--routing_features {name}: no CLIP model: {line}") from None
-        # A question that is too long loses its beginning: its end states the form of the answer.
-        self.processor.tokenizer.truncation_side = "left"
+        # A question that is too long loses its end, though it states the form of the answer.
+        self.processor.tokenizer.truncation_side = "right"
+        self.border = border_of(self.processor.image_processor)
         longest = self.clip.config.text_config.max_position_embeddings
         self.text = {"return_tensors": "pt", "padding": True, "truncation": True}
         self.text["max_length"] = longest
@@ -96,10 +105,12 @@ class ClipFeatures:
     def __call__(self, batch):
         samples, device = batch["samples"], self.clip.device
         text = self.processor(text=[sample.question for sample in samples], **self.text)
-        u = self.clip.get_text_features(**text.to(device)).pooler_output.float().cpu()
-        q, pictured = torch.full_like(u, math.nan), [s.image is not None for s in samples]
+        u = self.clip.text_model(**text.to(device)).pooler_output.float().cpu()
+        q = torch.full((len(u), self.clip.config.projection_dim), math.nan)
+        pictured = [sample.image is not None for sample in samples]
         if any(pictured):
             images = [load_image(sample.image) for sample in samples if sample.image]
-            images = self.processor(images=images, return_tensors="pt").to(device)
-            q[pictured] = self.clip.get_image_features(**images).pooler_output.float().cpu()
-        return u, q
+            squares = [pad_square(image.convert("RGB"), self.border) for image in images]
+            pixels = self.processor(images=squares, return_tensors="pt").to(device)
+            q[pictured] = self.clip.get_image_features(**pixels).pooler_output.float().cpu()
+        return F.layer_norm(u, u.shape[1:]), q

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as tf
 from conftest import run_here
+from PIL import Image
 from torch.nn.functional import layer_norm, one_hot
 
 import cram
@@ -214,7 +215,7 @@ def test_the_penalty_is_the_formula_and_pulls_at_the_new_pair_alone(tiny, sample
     assert penalty(lambda layer: layer.B[:, 2:5]) == 0
 
 
-def test_each_published_deviation_changes_what_it_says_and_nothing_else():
+def test_each_published_deviation_changes_what_it_says_and_nothing_else(monkeypatch):
     def groups(args, *means):
         memory = {}
         for u in means:
@@ -225,15 +226,16 @@ def test_each_published_deviation_changes_what_it_says_and_nothing_else():
     Q, far = cram.basis(Q), torch.eye(12).tolist()[:6]
     ahead = [[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0.5, 0.1, 1.0, 0]]
     facts = {
+        3: lambda args: args.weight_decay,
         4: lambda args: len(cram.adaptive_expert(A, B, 2.0, Q, args)[2]),
         5: lambda args: round(cram.sigma_of(args, torch.eye(3)), 5),
-        7: lambda args: [cram.warm_up_steps(n, args) for n in (10, 100, 1000)],
+        7: lambda args: [cram.warm_up_steps(n, args) for n in (10, 50, 330, 1000)],
         11: lambda args: groups(args, *ahead),
         12: lambda args: args.tau_alloc,
         13: lambda args: groups(args, *far),
     }
-    ours = {4: 6, 5: 0.4714, 7: [9, 16, 50], 11: 3, 12: 0.13, 13: 6}
-    published = {4: 4, 5: 2.0, 7: [1, 5, 50], 11: 2, 12: 0.08, 13: 5}
+    ours = {3: 0.01, 4: 6, 5: 0.4714, 7: [9, 16, 16, 50], 11: 3, 12: 0.13, 13: 6}
+    published = {3: 0.0, 4: 4, 5: 2.0, 7: [1, 2, 16, 50], 11: 2, 12: 0.08, 13: 5}
     assert tuple(facts) == cram.PUBLISHED
     for numbers in ([], *([n] for n in facts), list(facts)):
         flag = ["--published", ",".join(map(str, numbers))] if numbers else []
@@ -241,6 +243,9 @@ def test_each_published_deviation_changes_what_it_says_and_nothing_else():
         wanted = {n: published[n] if n in numbers else ours[n] for n in facts}
         assert {n: fact(args) for n, fact in facts.items()} == wanted
     assert cram.parse(["--published", "--tau_alloc", "0"]).tau_alloc == 0  # a flag wins
+    assert cram.parse(["--weight_decay", "0.5"]).weight_decay == 0.5
+    monkeypatch.setattr(data, "is_tiny", lambda model: False)
+    assert cram.parse([]).weight_decay == 0 and cram.parse([]).tau_alloc == 0.08
 
 
 @pytest.fixture(scope="module")
@@ -260,20 +265,36 @@ def clip_folder(tmp_path_factory):
     tf.CLIPModel(config).save_pretrained(folder)
     square = {"height": 16, "width": 16}
     pixels = tf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=square)
-    tokenizer = tf.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    tokenizer = tf.CLIPTokenizer(*files, truncation_side="left")
     tf.CLIPProcessor(pixels, tokenizer).save_pretrained(folder)
     return str(folder)
 
 
-def test_features_of_a_clip_model(clip_folder, samples):
-    features = ClipFeatures(clip_folder, "cpu")
-    u, q = features({"samples": [replace(samples[0], image=None), samples[1]]})
-    assert u.shape == (2, 12) and q[0].isnan().all()
-    clip, shown = tf.CLIPModel.from_pretrained(clip_folder), data.load_image(samples[1].image)
-    pixels = features.processor(images=[shown], return_tensors="pt")
+def test_features_of_a_clip_model(clip_folder, samples, tmp_path):
+    features, clip = ClipFeatures(clip_folder, "cpu"), tf.CLIPModel.from_pretrained(clip_folder)
+    processor = tf.CLIPProcessor.from_pretrained(clip_folder, backend="pil")
+    wide = np.random.default_rng(0).integers(0, 255, (20, 40, 3), np.uint8)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    text, pictured = (replace(sample, question="where?") for sample in samples[:2])
+    text, pictured = replace(text, image=None), replace(pictured, image=tmp_path / "wide.png")
+    u, q = features({"samples": [text, pictured]})
+    # the text tower's pooled output, not projected, with layer norm
+    ids = processor(text=["where?"], return_tensors="pt")
+    pooled = clip.text_model(**ids).pooler_output[0]
+    normal = (pooled - pooled.mean()) / (pooled.var(correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(u, normal.expand(2, 16))
+    # the projected embedding of the image in a square of the mean color, not normalized
+    square = np.full((40, 40, 3), [int(255 * c) for c in processor.image_processor.image_mean])
+    square[10:30] = wide
+    pixels = processor(images=[Image.fromarray(square.astype(np.uint8))], return_tensors="pt")
+    assert q.shape == (2, 12) and q[0].isnan().all()
     torch.testing.assert_close(q[1:], clip.visual_projection(clip.vision_model(**pixels)[1]))
-    long = [replace(samples[0], question="a" * 99 + end) for end in ("b", "c")]
-    assert not torch.equal(*features({"samples": long})[0])  # the end of a long question is read
+    # a long question is cut at its end, whatever the tokenizer's files say
+    ends = [replace(text, question="a" * 99 + end) for end in "bc"]
+    starts = [replace(text, question=start + "a" * 99) for start in "bc"]
+    assert torch.equal(*features({"samples": ends})[0])
+    assert not torch.allclose(*features({"samples": starts})[0], atol=1e-3)
 
 
 @pytest.fixture
@@ -306,8 +327,17 @@ def test_a_frozen_expert_never_changes_and_the_record_counts_it(run):
     assert weights.shape == (4, 3)
 
 
-def test_ablations(run, clip_folder):
-    _, record, weights, penalty = run(f"--no-reuse --fixed_rank --routing_features {clip_folder}")
+def test_ablations(run, clip_folder, monkeypatch):
+    decays, AdamW = [], torch.optim.AdamW
+
+    def spy(lora, **flags):
+        decays.append(flags["weight_decay"])
+        return AdamW(lora, **flags)
+
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    alone = f"--no-reuse --fixed_rank --weight_decay 0.5 --routing_features {clip_folder}"
+    _, record, weights, penalty = run(alone)
+    assert decays == [0.5] * 6  # buffer and expert of three stages
     assert set(np.ravel(record["ranks"])) == {9} and set(np.unique(weights)) == {0, 1}
     assert penalty == 0 and record["energy"] == [None] * 3
     _, record, weights, penalty = run("--no-grouping --routing uniform --lambda_orth 0")
