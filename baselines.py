@@ -401,10 +401,10 @@ class MoELoRALinear(torch.nn.Module):
         self.G = torch.nn.Parameter(G)
 
     def forward(self, x):
-        A, B, G = (p.to(x.dtype) for p in (self.A, self.B, self.G))
+        y, (A, B, G) = self.base(x), (p.to(x.dtype) for p in (self.A, self.B, self.G))
         g = linear(x, G).softmax(-1).repeat_interleave(len(A) // len(G), -1)
         h = linear(dropout(x, self.dropout, self.training), A) * g * self.scale
-        return self.base(x) + linear(h, B)
+        return y + linear(h, B)
 
 
 class MoELoRA(Sequential):

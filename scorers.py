@@ -77,13 +77,17 @@ def letter_match(text: str, gold: str) -> bool:
     return letter.upper() == gold.strip().upper()
 
 
-def option_match(text: str, gold: str) -> bool:
-    """ACL's GUI, offline in place of MMT-Bench's server: the last option letter of a text, as in
-    "b", "(B)", "B. star", "The answer is B."; the words "A" and "I" before another do not count."""
+def option_said(text: str) -> str:
+    """The last option letter of a text, "" without any, as in "b", "(B)", "B. star", "The answer is
+    B."; the words "A" and "I" before another do not count."""
     whole = re.fullmatch(r"\(?([A-Za-z])[).:]*", text.strip())
     letters = re.findall(r"(?<![\w'])([A-Z])(?![\w'])(?!(?<=[AI]) [a-z])", text.strip())
-    letter = whole[1] if whole else "".join(letters[-1:])
-    return letter.upper() == gold.strip().upper()
+    return (whole[1] if whole else "".join(letters[-1:])).upper()
+
+
+def option_match(text: str, gold: str) -> bool:
+    """ACL's GUI, offline in place of MMT-Bench's server, which took the whole text for a letter."""
+    return option_said(text) == gold.strip().upper()
 
 
 def box_match(text: str, gold: str) -> bool:
@@ -139,18 +143,37 @@ def sci_match(text: str, gold: str, row: dict) -> float:
 
 
 def ocr_match(text: str, gold: str, row: dict) -> bool:
-    """ACL's OCR, OCRBench's rule: the text contains the gold answer; handwritten formulas (by the
-    record's answer_type) are compared without spaces and with case."""
+    """ACL's OCR, OCRBench's rule: the text contains the gold answer, line breaks taken out of both;
+    handwritten formulas (by the record's answer_type) are compared without spaces and with case."""
+    text, gold = (words.strip().replace("\n", "") for words in (text, gold))
     if row["skill"] == "Handwritten Mathematical Expression Recognition":
-        return gold.replace(" ", "") in text.replace("\n", "").replace(" ", "")
-    text, gold = (words.lower().strip().replace("\n", " ") for words in (text, gold))
-    return gold in text
+        return gold.replace(" ", "") in text.replace(" ", "")
+    return gold.lower() in text.lower()
 
 
-def math_match(text: str, gold: str) -> bool:
-    """ACL's Math, rules in place of MathVista's extraction by a paid model: a gold letter is an
-    option, a gold number must be the last number of the text, all else must occur in it."""
+def choices_of(prompt: str) -> dict[str, str]:
+    """{letter: text} of the choices that a question lists as "Choices: (A) 3 (B) 4"; else {}."""
+    _, _, listed = prompt.partition("Choices:")
+    return dict(re.findall(r"\(([A-Z])\)\s*(.*?)\s*(?=\([A-Z]\)|\n|$)", listed))
+
+
+def chosen_letter(text: str, choices: dict[str, str]) -> str:
+    """The choice that a text names: the one letter among its words, or the one choice whose words
+    it contains, the rules that MathVista's evaluation tries first; else what option_said reads."""
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
+    letters = [letter for letter in choices if letter in words]
+    texts = [letter for letter, choice in choices.items() if choice.lower() in text.lower()]
+    found = next((named for named in (letters, texts) if len(named) == 1), [])
+    return found[0] if found else option_said(text)
+
+
+def math_match(text: str, gold: str, row: dict) -> bool:
+    """ACL's Math, rules in place of MathVista's extraction by a paid model: letter or text of a
+    choice; a gold number must be the last number of the text; all else must occur in it."""
     text, gold = text.strip(), gold.strip()
+    if choices := choices_of(row["prompt"]):
+        letters = [k for k, choice in choices.items() if choice.lower() == gold.lower()]
+        return chosen_letter(text, choices) in (letters or [gold.upper()])
     if re.fullmatch(r"[A-Za-z]", gold):
         return option_match(text, gold)
     number = r"(?:(?<!\d)-)?\d[\d,]*\.?\d*"  # of 2021-2022 the last is 2022
@@ -160,14 +183,50 @@ def math_match(text: str, gold: str) -> bool:
     return gold.lower() in text.lower()
 
 
-# Captions are scored over a whole test set, against several references each, on lower-case words
-# (almost what the usual Java tokenizer gives). METEOR needs Java and is left out; CIDEr goes up to
-# 1000 and would outweigh the rest. So the matrix has "BLEU-ROUGE", the mean of BLEU-1..4 and
-# ROUGE-L, not to be compared with a paper's mean. summary.json has all of them.
+# Captions are scored over a whole test set, against several references each, on words as
+# pycocoevalcap cuts them. METEOR needs Java and is left out; CIDEr goes up to 1000 and would
+# outweigh the rest. So the matrix has "BLEU-ROUGE", the mean of BLEU-1..4 and ROUGE-L, not to be
+# compared with a paper's mean of other scores. summary.json has all of them.
+
+REWRITTEN = {  # before a caption is cut into words
+    r"[’‘`]": "'",
+    r"[“”]|''": '"',
+    r"[–—]": " -- ",
+    "…": " ... ",
+    "€": "$",
+    "£": "#",
+    "¢": " cents",
+    "½": "1/2",
+    r"\b(can)(not)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b|\b(gim|lem)(me)\b": r"\1\3\5\7 \2\4\6\8",
+    r"'t(is|was)\b": r"'t \1",
+    r"(?<=[^\W\d_])(n't)\b": r" \1",
+    r"(?<=\w)('(?:s|m|re|ve|ll|d))\b": r" \1",
+    r"(\d:\d\d)([ap]m)\b": r"\1 \2",
+}
+ABBREVIATIONS = """mr mrs ms dr st jr sr co inc ltd corp vs etc ave blvd ph.d mt ft rd ct tv gen
+    prof jan feb mar apr jun jul aug sep sept oct nov dec"""
+CAPTION_WORD = re.compile(
+    r"https?://\S+|www\.\S+|\S+@\S+\.\w+|<[a-z]+>"
+    rf"|(?<!\w)(?:{'|'.join(ABBREVIATIONS.split())})\.(?!\w)|(?:no|pp)\.(?=\s+\d)"
+    r"|(?<!\w)(?:[^\W\d_]\.){2,}"  # u.s.
+    r"|(?<!\S)[-+.]\d(?:[\d.,]*\d)?"  # -5, .5
+    r"|n't|y'(?= all)|'(?:s|m|re|ve|ll|d|t|em|n'|\d0s)(?!\w)"
+    r"|[^\W_]+(?:(?:[-&/._]|(?<=\D)'(?=\D)|(?<=\d)[,:](?=\d))[^\W_]+)*"  # half-eaten, 1,000
+    r"|\.\.\.|--+|[?!]+|\S"
+)
+BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split()))
+DROPPED = {*"\"'.?!,:;-", "--", "..."}
 
 
 def caption_words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9']+", text.lower())
+    """Lower-case words as pycocoevalcap's tokenizer makes them, Stanford's for the Penn Treebank:
+    "The dog's half-eaten" -> the, dog, 's, half-eaten. Its oddities are kept: brackets count as
+    words, and so do "!!" and "?!", but not "!"."""
+    text = text.lower()
+    for pattern, by in REWRITTEN.items():
+        text = re.sub(pattern, by, text)
+    words = [BRACKETS.get(word, word) for word in CAPTION_WORD.findall(text)]
+    return [word for word in words if word not in DROPPED]
 
 
 def ngrams(words: list[str], n: int) -> Counter:
@@ -280,6 +339,7 @@ ALL_GOLDS = {  # the same for rules that need all gold answers together
     "vqa": vqa_accuracy,
     # CoIN's TextVQA: as VQA, but every gold answer is normalized as well
     "textvqa": lambda text, golds: vqa_accuracy(text, [normalize_vqa(gold) for gold in golds]),
+    "unscored": lambda text, golds: math.nan,  # golds that no rule of ours can use
     # one caption alone: its ROUGE-L; the score of a test set is `accuracy`
     "caption": lambda text, golds: rouge_l(caption_words(text), list(map(caption_words, golds))),
 }
@@ -288,11 +348,11 @@ ALL_GOLDS = {  # the same for rules that need all gold answers together
 def score(metric: str, text: str, answers, row: dict | None = None) -> float:
     """Score of a text in 0..1 by the metric of its stage, a name in RULES or ALL_GOLDS.
 
-    row: see `evaluate`; "sci" and "ocr" need it, because their rule depends on the sample.
+    row: see `evaluate`; "sci", "ocr" and "math" need it, as their rule depends on the sample.
     """
     if metric in ALL_GOLDS:
         return ALL_GOLDS[metric](text, answers)
     if metric not in RULES:
         raise InputError(f"unknown metric {metric!r}: choose {', '.join(RULES | ALL_GOLDS)}")
-    extra = {"row": row} if metric in ("sci", "ocr") else {}
+    extra = {"row": row} if metric in ("sci", "ocr", "math") else {}
     return max(float(RULES[metric](text, gold, **extra)) for gold in answers)
