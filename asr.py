@@ -63,9 +63,9 @@ def parse(argv=None):
     parser = data.common_flags("asr.py", __doc__.split("\n")[0])
     add = parser.add_argument_group("ASR", ABOUT).add_argument
     add("--beta", type=data.weight, default=0.5, help="of L_spec, Eq. 29 (default: 0.5)")
-    add("--gamma", type=data.weight, default=0.05, help="of L_geo, Eq. 29 (default: 0.05)")
-    add("--lambda_ang", type=data.weight, default=0.1, help="of d in L_spec, Eq. 23 (default: 0.1)")
-    add("--tau", type=data.endless, default=1.0, help="of w, Eq. 24; inf: w = 1 (default: 1)")
+    add("--gamma", type=data.weight, help="of L_geo, Eq. 29 (0.05; coin, ucit at full size 0.02)")
+    add("--lambda_ang", type=data.weight, default=0.1, help="of d in L_spec, Eq. 26 (default: 0.1)")
+    add("--tau", type=data.endless, default=1.0, help="of w, Eq. 25; inf: w = 1 (default: 1)")
     add("--skills", choices=["parser", "stream", "shared"], default="parser")
     add("--posterior", choices=["soft", "hard"], default="soft")
     add("--prototypes", choices=["gaussian", "mean", "task", "global"], default="gaussian")
@@ -127,7 +127,7 @@ def functional_rows(batch):
 
 @lru_cache(maxsize=32)
 def bin_table(h, w, published=(), wrapped=True, device="cpu"):
-    """The frequencies of an h x w grid, row-major, DC first, and their bins (Eqs. 8-10).
+    """The frequencies of an h x w grid, row-major, DC first, and their bins (Eqs. 8-11).
 
     -> rho [P], theta [P], radial [P, K] and angular [P, M] one-hot, cos and sin 2 theta [P].
     float32, but computed in float64 and only once: many frequencies lie exactly on a bin edge.
@@ -159,7 +159,7 @@ def normalize(x):
 
 
 def token_average(maps, tokens=None, published=()):
-    """Eq. 6: each token's map is made to sum to one, then the mean over U(q).
+    """Eq. 6, in the order of Eq. 57: each token's map is made to sum to one, then their mean [1].
 
     maps [B, L, H, T, h, w] (negative numbers count as 0), tokens [B, T] >= 0 (all equal if None or
     zero) -> [B, J, h, w] that sum to one, in float32 whatever came in (a CPU has no FFT in bf16).
@@ -175,7 +175,7 @@ def token_average(maps, tokens=None, published=()):
 
 
 def head_spectra(maps, published=(), bins=None):
-    """Eqs. 7-13: the numbers of every head, and the radial and angular spectra among them.
+    """Eqs. 7-12: the numbers of every head, and the radial and angular spectra among them.
 
     maps [B, J, h, w] that sum to one -> per head [B, J, D0], r [B, J, K], d [B, J, M].
     ours:      r, d, rho*, cos 2 theta*, sin 2 theta*, p*; DC only in r    D0 = K + M + 4 = 20
@@ -185,12 +185,12 @@ def head_spectra(maps, published=(), bins=None):
     rho, theta, in_radial, in_angular, cos, sin = bins
     spectrum = torch.fft.fft2(maps, norm="ortho")
     power = normalize((spectrum.real**2 + spectrum.imag**2).flatten(2))  # [B, J, P], Eq. 7
-    r = normalize(power @ in_radial)  # [B, J, K], Eq. 9
+    r = normalize(power @ in_radial)  # [B, J, K], Eqs. 9-10
     if 2 not in published:  # [2]: DC is the largest power of every non-negative map
         power = normalize(torch.cat([torch.zeros_like(power[..., :1]), power[..., 1:]], -1))
-    d = normalize(power @ in_angular)  # [B, J, M], Eq. 10
+    d = normalize(power @ in_angular)  # [B, J, M], Eq. 11
     numbers = [r, d]
-    if 5 in published:  # [5]: anisotropy, Eq. 11
+    if 5 in published:  # [5]: anisotropy, Eq. 12
         numbers.append(d / d.mean(-1, keepdim=True).clamp(min=EPS))
     top, peak = power.max(-1)  # p* has a gradient, the place of the peak has none
     angle = [theta[peak]] if 3 in published else [cos[peak], sin[peak]]  # [3]
@@ -199,7 +199,7 @@ def head_spectra(maps, published=(), bins=None):
 
 
 def descriptor(maps, tokens=None, spectrum="full", published=(), bins=None):
-    """Eq. 14: mean and population variance over the heads.
+    """Eqs. 13-14: mean and population variance over the heads.
 
     maps [B, L, H, T, h, w], tokens [B, T] -> phi [B, D = 2 D0], angular [B, M], radial [B, K].
     spectrum: "full"; "radial" or "angular", r or d alone; "raw", the maps themselves.
@@ -365,7 +365,7 @@ def spectral_loss(phi, angular, pi, memory, args):
     KL = symmetric_kl(angular[:, None], memory["angular"])  # [B, S]
     lambda_ang = args.lambda_ang if args.spectrum in ("full", "angular") else 0.0
     nearest = D2[:, seen].amin(1)  # [B]
-    w = torch.exp(-nearest / args.tau)  # Eq. 24; tau = inf: the fixed weight 1
+    w = torch.exp(-nearest / args.tau)  # Eq. 25; tau = inf: the fixed weight 1
     w = w if 6 in args.published else w.detach()  # [6]
     pi, count = pi * seen, len(phi)
     if 8 in args.published:  # pi over skills with a prototype, mean over samples with any pi left

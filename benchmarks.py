@@ -116,7 +116,7 @@ VICUNA = (
 )
 REAL = {"lr": 2e-4, "warm_up": 0.03, "epochs": 1, "batch_size": 16, "accumulate": 1, "rank": 16}
 REAL |= {"alpha": 32.0, "dropout": 0.05, "targets": "q,v,projector", "max_new_tokens": 128}
-REAL |= {"system": VICUNA}
+REAL |= {"system": VICUNA, "gamma": 0.05}
 TINY = REAL | {"lr": 1e-3, "warm_up": 0.1, "dropout": 0.0, "max_new_tokens": 16, "system": ""}
 TINY |= {"targets": "q,v,gate,up,down"}
 
@@ -214,6 +214,7 @@ ACL_REAL = MR_LORA | {"epochs": {"OCR": 3, "Math": 1, "VP": 1, "APP": 3}}
 ACL_REAL |= {"lr": {"OCR": 5e-5, "Math": 2e-4, "VP": 2e-4, "APP": 2e-4}}
 ACL_REAL |= {"max_new_tokens": 512}  # the reference: OCR, Math 2048; others 64 or 128
 ASR_TARGETS = {"targets": "q,v,projector"}  # the ASR paper's
+ASR_TUNING = {"gamma": 0.02}  # of its code for instruction tuning
 
 # Where the files come from, with versions, and how to get them into the folder DIR.
 EXTRACT = "find DIR -name '*.tar*' -execdir tar -xf {} \\;"
@@ -254,7 +255,7 @@ PRISM = {"folders": ("instructions", "", "UCIT"), "metric": "same", "tiny": LONG
 PRISM |= {"images": ("datasets", "", "UCIT/datasets", "UCIT")}
 HOMES = ("playground/Instructions_Original", "playground/Instruction_Original")
 HOMES += ("Instructions_Original", "Instruction_Original")
-PLAYGROUND = {"folders": HOMES, "images": ("cl_dataset",)}
+PLAYGROUND = {"folders": HOMES, "images": ("cl_dataset",), "tiny": LONGER}
 # OCRBench says in answer_type what kind of question it is.
 ACL_FILES = {"files": "train ../{}_test/test", "skill": "answer_type"}
 MLLM_CL = {"source": MLLM_CL_SOURCE, "download": MLLM_CL_FILES, "tiny": {"lr": 2e-3}}
@@ -265,9 +266,9 @@ STREAMS = {
     # The paper's cut of the tail is not public: an exponential profile of this ratio instead.
     "clt-vqa": replace(VQA, extras={"imbalance": 10.0}),
     "domains": Row(DOMAINS, source="ours", tiny={"lr": 2e-3} | ASR_TARGETS),
-    "ucit": Row(UCIT, source=UCIT_SOURCE, download=UCIT_FILES, **PRISM),
+    "ucit": Row(UCIT, source=UCIT_SOURCE, download=UCIT_FILES, real=ASR_TUNING, **PRISM),
     "trigap": Row(TRIGAP, source=TRIGAP_SOURCE, download=TRIGAP_FILES, **PRISM),
-    "coin": Row(COIN, source=COIN_SOURCE, download=COIN_FILES, tiny=LONGER, **PLAYGROUND),
+    "coin": Row(COIN, source=COIN_SOURCE, download=COIN_FILES, real=ASR_TUNING, **PLAYGROUND),
     "dcl": Row(DCL, folders=("", "domain"), test_suffix=dcl_suffix, real=DCL_REAL, **MLLM_CL),
     "acl": Row(ACL, folders=("", "ability"), real=ACL_REAL, **ACL_FILES, **MLLM_CL),
 }

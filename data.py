@@ -438,7 +438,8 @@ def resolve_defaults(args):
     for key, value in values.items():
         if isinstance(value, dict):  # by the name of the stage
             values[key] = [value[name] for name in ordered(list(row.stages), args.order)]
-    chosen = {k: v for k, v in values.items() if getattr(args, k) is None and v is not None}
+    open_flags = {key for key, value in vars(args).items() if value is None}  # of this script
+    chosen = {k: v for k, v in values.items() if k in open_flags and v is not None}
     vars(args).update(chosen)
     check_args(args)
     if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
+import asr
 import benchmarks
 import data
 from data import InputError
@@ -255,6 +256,17 @@ def test_records_whose_image_is_missing_are_left_out_on_demand(llava, capsys):
     assert stream.skipped == {"stage2 train": 1, "stage2 test": 1}
     assert [len(stage.train) for stage in stream.stages] == [1, 2]
     assert "stage2 train: 1 of 2 records are left out" in capsys.readouterr().out
+
+
+def test_files_of_cl_moe(tmp_path):
+    image = "COCO_val2014_000000000001"
+    picture(tmp_path / "COCO" / "val2014" / f"{image}.jpg")
+    for split in ("train", "test"):
+        file = tmp_path / "CL4VQA" / split / f"{split}_q_color.json"
+        write(file, [one_record(split, f"./COCO/val2014/{image}.jpg", "red")])
+    (stage,) = load("--stream", "vqav2", "--data", tmp_path, "--order", "color").stages
+    assert stage.metric == "exact" and stage.test[0].answers == ("red",)
+    assert stage.train[0].image == tmp_path / "COCO" / "val2014" / f"{image}.jpg"
 
 
 GOLDS = [  # stage of CoIN or ACL, file with its golds, what it holds, the golds
@@ -580,6 +592,11 @@ def test_defaults_follow_stream_and_model(model_folder, capsys):
     assert (args.lr, args.epochs, args.batch_size, args.object_groups) == (2e-4, 1, 4, None)
     args = defaults("--stream", "acl", "--model", large, "--order", "VP,OCR", "--lr", "1e-5")
     assert (args.epochs, args.lr, args.rank, args.system) == ([1, 3], 1e-5, 32, benchmarks.VICUNA)
+    gammas = [asr.parse(["--stream", s, "--model", str(large)]).gamma for s in ("coin", "vqacl")]
+    assert (
+        gammas == [0.02, 0.05]
+        and asr.parse(["--stream", "coin", "--model", str(tiny)]).gamma == 0.05
+    )
     qwen = model_folder(1024, text_config={"model_type": "qwen2", "hidden_size": 1024})
     assert defaults("--stream", "dcl", "--model", qwen).system == ""
     for stream in [*data.STREAMS, "my/folder"]:
