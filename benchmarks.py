@@ -94,7 +94,6 @@ class Row:
     test_suffix: Callable | None = None  # (stage, question) -> what tests append
     skill: str = "skill"  # where records without "skill" say the kind of their question
     source: str = ""  # of the files and of `real`, with versions
-    download: str = ""  # how to get the files into the folder DIR
     real: dict = field(default_factory=dict)  # training defaults other than REAL's
     tiny: dict = field(default_factory=dict)  # and TINY's
     extras: dict = field(default_factory=dict)  # flags of this stream alone, with their defaults
@@ -216,38 +215,14 @@ ACL_REAL |= {"max_new_tokens": 512}  # the reference: OCR, Math 2048; others 64 
 ASR_TARGETS = {"targets": "q,v,projector"}  # the ASR paper's
 ASR_TUNING = {"gamma": 0.02}  # of its code for instruction tuning
 
-# Where the files come from, with versions, and how to get them into the folder DIR.
-EXTRACT = "find DIR -name '*.tar*' -execdir tar -xf {} \\;"
-HUB = "hf download {} --repo-type dataset --local-dir DIR"
+# Where files and settings come from, with versions; docs/real.md has the commands to get them.
 VQA_SOURCE = "VQACL's release (github.com/zhangxi1997/VQACL); settings: the ASR paper"
 UCIT_SOURCE = "HiDe-LLaVA's, in its own, Prism's or MCITlib's folders; settings: the ASR paper"
 TRIGAP_SOURCE = "Prism's release (github.com/LAMDA-CL/EMNLP2026-CRAM); settings: CRAM's code"
 COIN_SOURCE = "CoIN's release (github.com/zackschen/CoIN); settings: the ASR paper"
 MLLM_CL_SOURCE = "MLLM-CL's release, June 2025; settings: MCITlib v3, April 2026"
-VQA_FILES = """
-for s in train val; do curl -O http://images.cocodataset.org/zips/${s}2014.zip; done
-for s in train val; do unzip -d DIR/COCO ${s}2014.zip; done
-for s in Train Val; do
-curl -O https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_Annotations_${s}_mscoco.zip
-unzip -d DIR/vqa v2_Annotations_${s}_mscoco.zip; done
-DIR/vqa/Partition_Q: the drive linked in VQACL's README; DIR/ImgId_cate_map.json: its datasets/"""
-UCIT_FILES = f"""
-{HUB.format("HaiyangGuo/UCIT")}
-Images of four stages: from the hosts listed there; a mirror has all, vantuan5644/UCIT"""
-TRIGAP_FILES = f"""
-{HUB.format("JuntaoTang/TriGap")}
-Images: from the ten sources listed there, into DIR/datasets"""
-COIN_FILES = f"""
-{HUB.format("Zacks-Chen/CoIN")}
-Images: from the eight sources listed there, into DIR/cl_dataset; a mirror: vantuan5644/CoIN-CL;
-of ImageNet, the authors offer the part that is used (github.com/zackschen/CoIN, issue 15)"""
-MLLM_CL_FILES = f"""
-{HUB.format("MLLM-CL/MLLM-CL")}
-{EXTRACT}
-The hub lacks thousands of Math's images (MLLM-CL, issue 12), ModelScope has them:
-modelscope download --dataset zhaohongbo/MLLM-CL --local_dir DIR"""
 
-VQA = Row(QUESTION_TYPES, "vqa", "vqacl", suffix=SHORT, source=VQA_SOURCE, download=VQA_FILES)
+VQA = Row(QUESTION_TYPES, "vqa", "vqacl", suffix=SHORT, source=VQA_SOURCE)
 VQA = replace(VQA, real=WORDS, tiny={"lr": 5e-4} | ASR_TARGETS)
 # The CRAM authors' code base, Prism, reads UCIT and TriGap from `instructions` and `datasets`,
 # MCITlib reads UCIT from UCIT/<stage>.
@@ -258,7 +233,7 @@ HOMES += ("Instructions_Original", "Instruction_Original")
 PLAYGROUND = {"folders": HOMES, "images": ("cl_dataset",), "tiny": LONGER}
 # OCRBench says in answer_type what kind of question it is.
 ACL_FILES = {"files": "train ../{}_test/test", "skill": "answer_type"}
-MLLM_CL = {"source": MLLM_CL_SOURCE, "download": MLLM_CL_FILES, "tiny": {"lr": 2e-3}}
+MLLM_CL = {"source": MLLM_CL_SOURCE, "tiny": {"lr": 2e-3}}
 STREAMS = {
     # inside a stage, 5 object groups one after the other
     "vqacl": replace(VQA, real=VQACL_REAL, extras={"object_groups": "paper", "hold_out": None}),
@@ -266,9 +241,9 @@ STREAMS = {
     # The paper's cut of the tail is not public: an exponential profile of this ratio instead.
     "clt-vqa": replace(VQA, extras={"imbalance": 10.0}),
     "domains": Row(DOMAINS, source="ours", tiny={"lr": 2e-3} | ASR_TARGETS),
-    "ucit": Row(UCIT, source=UCIT_SOURCE, download=UCIT_FILES, real=ASR_TUNING, **PRISM),
-    "trigap": Row(TRIGAP, source=TRIGAP_SOURCE, download=TRIGAP_FILES, **PRISM),
-    "coin": Row(COIN, source=COIN_SOURCE, download=COIN_FILES, real=ASR_TUNING, **PLAYGROUND),
+    "ucit": Row(UCIT, source=UCIT_SOURCE, real=ASR_TUNING, **PRISM),
+    "trigap": Row(TRIGAP, source=TRIGAP_SOURCE, **PRISM),
+    "coin": Row(COIN, source=COIN_SOURCE, real=ASR_TUNING, **PLAYGROUND),
     "dcl": Row(DCL, folders=("", "domain"), test_suffix=dcl_suffix, real=DCL_REAL, **MLLM_CL),
     "acl": Row(ACL, folders=("", "ability"), real=ACL_REAL, **ACL_FILES, **MLLM_CL),
 }

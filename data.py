@@ -116,6 +116,16 @@ def mini_folder(name: str) -> Path:
     return folder
 
 
+def how_to_get(stream: str, folder: Path) -> str:
+    """The commands that get a stream's released files into the folder DIR, from docs/real.md."""
+    page = (ROOT / "docs" / "real.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"#### ([^\n]+)\n\n```bash\n(.*?)```", page, re.DOTALL)
+    texts = [text for names, text in blocks if f"`{stream}`" in names]
+    if not texts:
+        return "the head of benchmarks.py shows the layout"
+    return f"how to get the files into DIR = {folder} (docs/real.md):\n\n{texts[0]}"
+
+
 def find_stream(args) -> tuple[str, Row, Path]:
     """(name, row of the table, folder) of the stream that the arguments ask for."""
     if args.stream in STREAMS:
@@ -124,7 +134,7 @@ def find_stream(args) -> tuple[str, Row, Path]:
             Path(os.path.abspath(args.data or mini_folder(args.stream))),
         )
         if not root.is_dir():
-            raise InputError(f"data folder {root} does not exist; to get it:{row.download}")
+            raise InputError(f"data folder {root} does not exist; {how_to_get(args.stream, root)}")
         return args.stream, row, root
     root = Path(os.path.abspath(args.stream))
     if not root.is_dir():
@@ -675,7 +685,7 @@ def main(argv=None) -> int:
     if len(problems) > 40:
         print(f"  and {len(problems) - 40} more")
     if problems and args.data:
-        print(f"\nhow to get the files into DIR = {stream.root}:{stream.row.download}")
+        print("\n" + how_to_get(args.stream, stream.root))
     usable = [s for stage in stream.stages for s in stage.train if s.image not in broken]
     if usable:
         show_sample(usable[0], AutoProcessor.from_pretrained(args.model), args.system)

@@ -247,7 +247,7 @@ def test_layouts_as_released(stream, stage, tmp_path, capsys):
         ):
             load(*words)
     assert data.main(list(map(str, words))) == 1
-    assert benchmarks.STREAMS[stream].download.splitlines()[1] in capsys.readouterr().out
+    assert "hf download" in capsys.readouterr().out  # how to get the files
 
 
 def test_records_whose_image_is_missing_are_left_out_on_demand(llava, capsys):
