@@ -4,6 +4,7 @@
     python tests/bench.py --dtype bf16           the same in bfloat16
     python tests/bench.py --device cuda --layers 32 --whole    all layers, the streams' own batches
     python tests/bench.py --table                the records of results/widths.jsonl as a table
+    python -m pytest tests/bench.py              on a GPU: small runs beside those of a CPU
 
 Every script runs two stages of its drawn stream with the defaults of a full-size model and with
 activation checkpointing, as a user would start it; on a CPU with fewer samples in a batch. Beside
@@ -14,12 +15,14 @@ is that the sizes fit together, and what they cost. --save appends to results/wi
 import argparse
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import transformers as tf
 
@@ -45,6 +48,12 @@ FEW = "--limit 4 --limit_test 2 --batch_size 2 --accumulate 1 --epochs 1 --max_n
 FEW += " --eval_batch_size 2"
 WHOLE = "--limit 48 --limit_test 16 --eval_batch_size 16"
 TOKENS = 576 + 64  # of a sample: image and text
+SMALL = (  # of the test: on the tiny LLaVA and stream of conftest.py
+    "asr.py",
+    "cram.py --rank 4 --targets q,v --buffer_share 0.5",
+    "mllm_cl.py --shots 3 --router_epochs 2",
+    "baselines.py --method ewc",
+)
 
 
 def make_model(folder, layers, tower_layers, device):
@@ -147,6 +156,26 @@ def table(records):
         ]
         rows.append([*map(str, about), *numbers])
     return grid(rows, markdown=True)
+
+
+@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU here")
+@pytest.mark.parametrize("command", SMALL)
+def test_a_gpu_in_bfloat16_is_near_a_cpu(command, flags, tmp_path):
+    """The losses of the first steps agree to the precision of the numbers."""
+    script, *further = command.split()
+    words = [sys.executable, ROOT / script, *flags, *further, "--dropout", "0"]
+
+    def losses(*choice):
+        out = tmp_path / "-".join(choice)
+        places = ["--device", choice[0], "--dtype", choice[1], "--out", out]
+        subprocess.run(list(map(str, [*words, *places])), check=True)
+        assert json.loads((out / "summary.json").read_text())["peak_memory_mb"] > 1
+        return [json.loads(x)["loss"] for x in (out / "metrics.jsonl").read_text().splitlines()]
+
+    cpu, gpu, half = losses("cpu", "fp32"), losses("cuda", "fp32"), losses("cuda", "bf16")
+    assert len(cpu) == len(gpu) == len(half) and np.isfinite(gpu + half).all()
+    np.testing.assert_allclose(gpu[:3], cpu[:3], rtol=1e-3)
+    np.testing.assert_allclose(half[:3], cpu[:3], rtol=5e-2)
 
 
 def main():

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -242,9 +241,7 @@ def test_layouts_as_released(stream, stage, tmp_path, capsys):
         with pytest.raises(InputError, match="json: the image of 1 of 1 .*--skip_missing"):
             load(*words)
         write((root / stored[-1]).parent / "images-0.tar.gz", "")
-        with pytest.raises(
-            InputError, match="1 archives there are not extracted: tar -C .*-0.tar.gz"
-        ):
+        with pytest.raises(InputError, match="1 archives there are not extracted: tar -C .*-0.tar"):
             load(*words)
     assert data.main(list(map(str, words))) == 1
     assert "hf download" in capsys.readouterr().out  # how to get the files
@@ -269,37 +266,36 @@ def test_files_of_cl_moe(tmp_path):
     assert stage.train[0].image == tmp_path / "COCO" / "val2014" / f"{image}.jpg"
 
 
-GOLDS = [  # stage of CoIN or ACL, file with its golds, what it holds, the golds
-    ("TextVQA", "cl_dataset/{}", {"data": [{"question_id": 1, "answers": ["a", "b"]}]}, ("a", "b")),
-    ("ScienceQA", "cl_dataset/{}", {"1": {"answer": 2}}, ("C",)),
-    ("GQA", "cl_dataset/{}", {"1": {"answer": "left"}}, ("left",)),
-    ("APP", "{}", "index\tanswer\n7\tA\n8\tD\n", ("D",)),
-]
+HOME = "Instructions_Original/"
+GOLDS = {  # stage -> training and test file, content of the file that has the golds, the golds
+    "TextVQA": (
+        f"{HOME}TextVQA/train",
+        f"{HOME}TextVQA/val",
+        {"data": [{"question_id": 1, "answers": ["a", "b"]}]},
+        ("a", "b"),
+    ),
+    "ScienceQA": (f"{HOME}ScienceQA/train", f"{HOME}ScienceQA/test", {"1": {"answer": 2}}, ("C",)),
+    "GQA": (f"{HOME}GQA/train", f"{HOME}GQA/test", {"1": {"answer": "left"}}, ("left",)),
+    "APP": ("APP/train", "APP_test/test", "index\tanswer\n7\tA\n8\tD\n", ("D",)),
+}
 
 
-@pytest.mark.parametrize("stage, place, content, golds", GOLDS)
-def test_golds_in_files_of_their_own(stage, place, content, golds, tmp_path):
-    stream = "acl" if stage == "APP" else "coin"
-    test = {"TextVQA": "val", "APP": "../APP_test/test"}.get(stage, "test")
-    home = "" if stage == "APP" else "Instructions_Original/"
-    release(
-        tmp_path, f"{home}{stage}/train", f"{home}{stage}/{test}", "1.png", ["cl_dataset/1.png"]
-    )
-    picture(tmp_path / "APP" / "1.png")
-    picture(tmp_path / "APP_test" / "1.png")
-    record = one_record("test", "1.png", "no letter") | {"question_id": "ALL_1"[-1:]}
-    if stage == "APP":
-        record["question_id"] = "ALL_1"
-    write(tmp_path / os.path.normpath(f"{home}{stage}/{test}.json"), [record])
-    words = ["--stream", stream, "--data", tmp_path, "--order", stage]
+@pytest.mark.parametrize("stage", GOLDS)
+def test_golds_in_files_of_their_own(stage, tmp_path):
+    (train, test, content, golds), app = GOLDS[stage], stage == "APP"
+    places = [f"{folder}/1.png" for folder in ("cl_dataset", "APP", "APP_test")]
+    release(tmp_path, train, test, "1.png", places)
+    record = one_record("test", "1.png", "no letter") | {"question_id": "ALL_1" if app else "1"}
+    write(tmp_path / f"{test}.json", [record])
+    words = ["--stream", "acl" if app else "coin", "--data", tmp_path, "--order", stage]
     (without,) = load(*words).stages
     assert without.test[0].answers == ("no letter",)
-    assert (without.metric == "unscored") == (stage == "APP")  # golds that are no option letters
-    file = tmp_path / place.format(benchmarks.GOLDS[stage][0])
+    assert (without.metric == "unscored") == app  # golds that are no option letters
+    file = tmp_path / ("" if app else "cl_dataset") / benchmarks.GOLDS[stage][0]
     write(file, content)
-    (stage,) = load(*words).stages
-    assert stage.test[0].answers == golds and stage.metric != "unscored"
-    write(file, "{" if file.suffix == ".json" else "x\n1\n1\n")
+    (found,) = load(*words).stages
+    assert found.test[0].answers == golds and found.metric != "unscored"
+    write(file, "x\n1\n1\n" if app else "{")
     with pytest.raises(InputError, match="is corrupt|does not hold gold answers"):
         load(*words)
 
