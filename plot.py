@@ -236,11 +236,11 @@ def read_skills(folder, record):
     """{skill: its States, from the stage that taught it to the last one} without the skills of the
     last stage; the run may lack summary.json."""
     facts, stages, skills = read_facts(folder, "phi"), record["stages"], {}
-    last = sum(row[0] is not None for row in record["matrix"])
+    last = max((int(key.split("-")[0]) for key in facts), default=0)
     for i, t in [(b, a) for b in range(1, last) for a in range(b, last + 1)]:
         rows = read_json(predictions_file(folder, t - 1, i - 1))
         values = [facts[f"{t}-{i}-{name}"] for name in ("phi", "angular", "radial")]
-        values.append(np.array([row["score"] for row in rows]))
+        values.append(np.array([row["score"] for row in rows], dtype=float))
         kinds = np.array([row["skill"] for row in rows])
         for kind in dict.fromkeys(kinds.tolist()):
             name = stages[i - 1] if len(set(kinds)) == 1 else f"{stages[i - 1]}: {kind}"
@@ -317,18 +317,19 @@ def asr_cases(record, path):
     """Fig. 9: image, attention, its spectrum and answer, just after the stage and at the end; of
     the first three questions of a stage the one on which the two answers differ most."""
     folder, facts, cells = record["folder"], read_facts(record["folder"], "picture"), []
-    last = sum(row[0] is not None for row in record["matrix"])
+    last = max((int(key.split("-")[0]) for key in facts), default=0)
     for i in range(1, min(last, 5)):
         images, views = facts[f"{i}-{i}-picture"], {"just after its stage": i, "at the end": last}
         files = [predictions_file(folder, t - 1, i - 1) for t in views.values()]
         pairs = list(zip(*(read_json(file) for file in files)))[: len(images)]
-        k = int(np.argmax([abs(a["score"] - b["score"]) for a, b in pairs]))
+        k = int(np.argmax([a["score"] != b["score"] for a, b in pairs]))
         question = textwrap.shorten(pairs[k][0]["prompt"].split("\n")[0], 66)
         title = f"{textwrap.fill(question, 22)}\n-> {pairs[k][0]['answers'][0][:20]}"
         cells.append((title, images[k], None))
         for (view, t), answer in zip(views.items(), pairs[k]):
             attention = facts[f"{t}-{i}-map"][k]
-            mark = "right" if answer["score"] >= 0.5 else "wrong"
+            mark = "right" if (answer["score"] or 0) >= 0.5 else "wrong"
+            mark = "no score" if answer["score"] is None else mark
             cells.append((f"{view}\n{answer['text'][:16]!a} ({mark})", images[k], attention))
             power = np.abs(np.fft.fft2(attention)) ** 2
             power[0, 0] = np.nan
