@@ -46,7 +46,7 @@ SCRIPTS = {  # script -> its flags; the two stages that are run
 }
 FEW = "--limit 4 --limit_test 2 --batch_size 2 --accumulate 1 --epochs 1 --max_new_tokens 4"
 FEW += " --eval_batch_size 2"
-WHOLE = "--limit 48 --limit_test 16 --eval_batch_size 16"
+WHOLE = "--limit_test 16 --eval_batch_size 16 --limit"
 TOKENS = 576 + 64  # of a sample: image and text
 SMALL = (  # of the test: on the tiny LLaVA and stream of conftest.py
     "asr.py",
@@ -84,6 +84,7 @@ def make_model(folder, layers, tower_layers, device):
         model = tf.LlavaForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
+    del model
     pixels = tf.CLIPImageProcessorPil(
         size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
     )
@@ -95,7 +96,6 @@ def make_model(folder, layers, tower_layers, device):
         vision_feature_select_strategy="default",
         chat_template=TEMPLATE,
     ).save_pretrained(folder)
-    return sum(p.numel() for p in model.parameters())
 
 
 def computed_mb(weights, lora, layers, micro, dtype):
@@ -185,6 +185,7 @@ def main():
     parser.add_argument("--layers", type=int, default=2, help="of the decoder (default: 2)")
     parser.add_argument("--tower_layers", type=int, default=3, help="(default: 3; the real one 24)")
     parser.add_argument("--whole", action="store_true", help="the streams' own batches and epochs")
+    parser.add_argument("--limit", type=int, default=48, help="with --whole: samples of a stage")
     parser.add_argument("--micro", type=int, help="with --whole: samples at a time")
     parser.add_argument("--scripts", nargs="+", default=list(SCRIPTS), choices=list(SCRIPTS))
     parser.add_argument(
@@ -196,11 +197,16 @@ def main():
     if args.table:
         print(table(read_json(RECORDS)))
         return
-    args.out.mkdir(parents=True, exist_ok=True)
-    weights = make_model(args.out / "model", args.layers, args.tower_layers, args.device)
+    if not (args.out / "model").exists():
+        make_model(args.out / "model", args.layers, args.tower_layers, args.device)
+    with torch.device("meta"):
+        config = tf.AutoConfig.from_pretrained(args.out / "model")
+        model = tf.LlavaForConditionalGeneration(config)
+        weights = sum(p.numel() for p in model.parameters())
     records = []
     for script in args.scripts:
-        flags = SCRIPTS[script].split() + (WHOLE if args.whole else FEW).split()
+        flags = SCRIPTS[script].split()
+        flags += [*WHOLE.split(), str(args.limit)] if args.whole else FEW.split()
         if args.micro:
             batch = {"vqacl": 80}.get(flags[flags.index("--stream") + 1], 16)
             flags += ["--accumulate", str(batch // args.micro)]
