@@ -98,13 +98,14 @@ def make_model(folder, layers, tower_layers, device):
     ).save_pretrained(folder)
 
 
-def computed_mb(weights, lora, layers, micro, dtype):
-    """The formula of docs/real.md, in MB: weights, adapters with gradient and moments, and what
-    checkpointing keeps of `micro` samples, which is the input of every layer. What autograd keeps
-    of the one layer that runs again is left out: the computed number is a lower bound."""
-    size = {"bf16": 2, "fp32": 4}[dtype]
-    inputs = micro * size * layers * TOKENS * 4096
-    return (size * weights + 16 * lora + inputs) / 1e6
+def computed_mb(r):
+    """The formula of docs/real.md, in MB: weights, adapters with gradient and moments, and the
+    larger of two things: what checkpointing keeps of a micro-batch, which is the input of every
+    layer, and the keys and values of a batch of test questions. A lower bound."""
+    size, width = {"bf16": 2, "fp32": 4}[r["dtype"]], r["layers"] * 4096
+    train = r["micro_batch"] * TOKENS * width
+    test = r["questions"] * 2 * (TOKENS + r["new_tokens"]) * width
+    return (size * (r["weights"] + max(train, test)) + 16 * r["trainable_parameters"]) / 1e6
 
 
 def run(script, flags, args, folder):
@@ -129,6 +130,8 @@ def run(script, flags, args, folder):
         "rank": record["args"]["rank"],
         "micro_batch": micro,
         "batch_size": record["args"]["batch_size"],
+        "questions": record["args"]["eval_batch_size"],
+        "new_tokens": record["args"]["max_new_tokens"],
         "seconds_a_sample": train / trained,
         "seconds_a_question": record["seconds_by_part"]["evaluation"] / asked,
         "seconds": record["seconds"],
@@ -141,20 +144,12 @@ def run(script, flags, args, folder):
 
 
 def table(records):
-    head = (
-        "script device dtype layers batch micro rank|s a sample|s a question|peak, MB|computed, MB"
-    )
-    columns = head.split("|")
-    rows = [columns[0].split() + columns[1:]]
+    keys = ["script", "device", "dtype", "layers", "rank", "micro_batch", "questions"]
+    rows = [[*keys, "s a sample", "s a question", "peak, MB", "computed, MB"]]
     for r in records:
-        about = [r[key] for key in "script device dtype layers batch_size micro_batch rank".split()]
-        numbers = [
-            f"{r['seconds_a_sample']:.3f}",
-            f"{r['seconds_a_question']:.3f}",
-            f"{r['peak_mb']:,.0f}",
-            f"{r['computed_mb']:,.0f}",
-        ]
-        rows.append([*map(str, about), *numbers])
+        seconds = [f"{r[key]:.3f}" for key in ("seconds_a_sample", "seconds_a_question")]
+        memory = [f"{x:,.0f}" for x in (r["peak_mb"], computed_mb(r))]
+        rows.append([*(str(r[key]) for key in keys), *seconds, *memory])
     return grid(rows, markdown=True)
 
 
@@ -214,9 +209,7 @@ def main():
             flags += ["--router_batch", "2"]
         if script == "asr.py":  # captures the last four
             flags += ["--layers", str(min(4, args.layers))]
-        record = run(script, flags, args, args.out)
-        size = weights, record["trainable_parameters"], args.layers, record["micro_batch"]
-        record["computed_mb"] = computed_mb(*size, args.dtype)
+        record = run(script, flags, args, args.out) | {"weights": weights}
         records.append(record)
         if args.save:
             with open(RECORDS, "a", encoding="utf-8") as file:
