@@ -233,6 +233,7 @@ HOMES += ("Instructions_Original", "Instruction_Original")
 PLAYGROUND = {"folders": HOMES, "images": ("cl_dataset",), "tiny": LONGER}
 # OCRBench says in answer_type what kind of question it is.
 ACL_FILES = {"files": "train ../{}_test/test", "skill": "answer_type"}
+DOMAIN_DATA = ("", "domain", "Domain_data")  # the last is MCITlib's
 MLLM_CL = {"source": MLLM_CL_SOURCE, "tiny": {"lr": 2e-3}}
 STREAMS = {
     # inside a stage, 5 object groups one after the other
@@ -244,7 +245,7 @@ STREAMS = {
     "ucit": Row(UCIT, source=UCIT_SOURCE, real=ASR_TUNING, **PRISM),
     "trigap": Row(TRIGAP, source=TRIGAP_SOURCE, **PRISM),
     "coin": Row(COIN, source=COIN_SOURCE, real=ASR_TUNING, **PLAYGROUND),
-    "dcl": Row(DCL, folders=("", "domain"), test_suffix=dcl_suffix, real=DCL_REAL, **MLLM_CL),
+    "dcl": Row(DCL, folders=DOMAIN_DATA, test_suffix=dcl_suffix, real=DCL_REAL, **MLLM_CL),
     "acl": Row(ACL, folders=("", "ability"), real=ACL_REAL, **ACL_FILES, **MLLM_CL),
 }
 

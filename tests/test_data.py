@@ -221,7 +221,7 @@ RELEASED = {  # stream, stage -> releases: training file, test file, image as wr
     ],
     ("dcl", "RS"): [
         (f"{top}RS/train", f"{top}RS/test", "images/1.png", f"{top}RS/images/1.png")
-        for top in ("", "domain/")
+        for top in ("", "domain/", "Domain_data/")
     ],
     ("vqav2", "color"): [
         (f"{CL_MOE}/train/train_q_color", f"{CL_MOE}/test/test_q_color", PHOTO, HERE)
