@@ -13,38 +13,6 @@ import numpy as np
 from eval import difference, grid, mean_std, paired, show
 
 RESULTS = Path(__file__).parent
-ORACLE = "one LoRA per task, task known"
-GOALS = {  # sweep -> what was hoped for: (name, wanted, row, column, row that is subtracted)
-    "regime": (
-        ("zero-shot AP", "30 to 90% of joint AP", "zero-shot", "AP", None),
-        ("joint AP", "", "joint", "AP", None),
-        ("sequential AP", "", "sequential", "AP", None),
-        ("joint AP - sequential AP", "5 or more", "joint", "AP", "sequential"),
-        ("sequential AF", "10 to 30", "sequential", "AF", None),
-        ("joint - joint without pictures, smallest kind", "20 or more", "joint", "picture", None),
-    ),
-    "report": (
-        ("AP of ASR - AP of sequential", "above 0", "both, parser", "AP", "sequential"),
-        ("AF of ASR - AF of sequential", "below 0", "both, parser", "AF", "sequential"),
-    ),
-    "cram": (
-        ("AF of CRAM", "below 25% of sequential", "CRAM", "AF", None),
-        ("AF of sequential", "", "sequential", "AF", None),
-        ("AP of CRAM - AP with the task known", "-3 or more", "CRAM", "AP", ORACLE),
-        (
-            "stored, of one LoRA per task (%)",
-            "80 or less",
-            "CRAM",
-            "of one LoRA per task (%)",
-            None,
-        ),
-    ),
-    "mr-lora": (
-        ("right expert (%)", "97 or more on dcl", "MR-LoRA", "right expert (%)", None),
-        ("AP - AP with the task known", "within 1", "MR-LoRA", "AP", "MR-LoRA, oracle"),
-        ("BWT", "within 0.5 of 0", "MR-LoRA", "BWT", None),
-    ),
-}
 
 
 def details(record: dict) -> dict[str, float | None]:
@@ -81,8 +49,6 @@ def numbers(record: dict) -> dict[str, float]:
     points = [pair for pair in record.get("drift", {}).values() if None not in pair]
     if points:  # do skills whose spectra drift lose accuracy? Fisher's z of their correlation
         values["drift"] = np.arctanh(np.corrcoef(*zip(*points))[0, 1])
-    for kind, (seeing, blind) in record.get("blind", {}).get("seeing_blind_by_kind", {}).items():
-        values[f"picture: {kind}"] = seeing - blind
     return {name: math.nan if value is None else value for name, value in values.items()}
 
 
@@ -160,28 +126,6 @@ def choice(results: dict) -> str:
     return f"{grid(first, True)}\n\n{grid(second, True)}"
 
 
-def goals(results: dict) -> str:
-    """What was hoped for, and what was measured, for every stream of four sweeps."""
-    texts = []
-    for name, wishes in GOALS.items():
-        table = [[name, "wanted", *results[name]]]
-        for what, wanted, row, key, other in wishes:
-            table.append([what, wanted])
-            for rows in results[name].values():
-                runs = finished(rows[row])
-                if other:
-                    text = apart(runs, finished(rows[other]), key)
-                elif key == "picture":  # yes/no questions can be guessed
-                    kinds = {x for values in runs.values() for x in values if "picture: " in x}
-                    means = [np.mean(column(runs, x)) for x in kinds - {"picture: judge"}]
-                    text = mean([min(means)] if means else [])
-                else:
-                    text = mean(column(runs, key))
-                table[-1].append(text)
-        texts.append(grid(table, True))
-    return "\n\n".join(texts)
-
-
 def beside(results: dict) -> str:
     """The papers' numbers, quoted in published.json, and ours on the mini stream of that name."""
     texts = []
@@ -214,4 +158,4 @@ def drift(results: dict) -> str:
     return grid(table, True)
 
 
-TABLES = {"choice": choice, "goals": goals, "beside": beside, "drift": drift}
+TABLES = {"choice": choice, "beside": beside, "drift": drift}
