@@ -136,8 +136,8 @@ def bars(groups, columns, path):
     records of each label."""
     figure, axes = new_figure(1, len(columns), 1.2 + 0.4 * len(groups), sharey=True)
     for axis, color, (title, function) in zip(axes[0], COLORS, columns.items()):
-        values = [[function(record) for record in records] for records in groups.values()]
-        values = [np.array(row, dtype=float) for row in values]  # no score is None, here nan
+        rows = [[function(record) for record in records] for records in groups.values()]
+        values = [np.array(row, dtype=float) for row in rows]  # no score is None, here nan
         errors = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
         drawn = axis.barh(range(len(values)), list(map(np.mean, values)), xerr=errors, color=color)
         axis.bar_label(drawn, fmt=" %.1f")
