@@ -480,11 +480,13 @@ class LlavaReader(Reader):
     def side_golds(self, stage: str) -> dict[str, list]:
         """{question_id: gold answers} of a stage whose golds have a file of their own; {} if the
         stage has none or the file is not there."""
-        name, read = GOLDS.get(stage, ("", None))
+        name, golds_of = GOLDS.get(stage, ("", None))
         paths = [self.root / folder / name for folder in (*self.row.images, *self.row.folders)]
         path = next(filter(Path.is_file, paths), None)
+        if not path:
+            return {}
         try:
-            return read(path) if path else {}
+            return golds_of(read_tsv(path) if path.suffix == ".tsv" else read_json(path))
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             self.problem(f"{path} does not hold gold answers in its released form: {error!r}")
             return {}
@@ -507,35 +509,31 @@ class LlavaReader(Reader):
             sample.answers = tuple(captions.get(number, sample.answers))
 
 
-def textvqa_golds(path: Path) -> dict[str, list]:
-    """TextVQA's release: ten people's answers per question."""
-    return {str(row["question_id"]): row["answers"] for row in read_json(path, dict)["data"]}
-
-
-def scienceqa_golds(path: Path) -> dict[str, list]:
-    """ScienceQA's release: the number of the right choice, here its letter."""
-    return {key: [LETTERS[row["answer"]]] for key, row in read_json(path, dict).items()}
-
-
-def gqa_golds(path: Path) -> dict[str, list]:
-    """GQA's release: one answer per question."""
-    return {key: [row["answer"]] for key, row in read_json(path, dict).items()}
-
-
-def mmt_bench_golds(path: Path) -> dict[str, list]:
-    """MMT-Bench's table; MLLM-CL's question ALL_<n> is its row n, counted from 0 (as in the code
-    that fills in MMT-Bench's form; that the rows have the same order is a guess)."""
+def read_tsv(path: Path) -> list[dict[str, str]]:
     csv.field_size_limit(sys.maxsize)  # a cell can hold an image
     with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    return {f"ALL_{n}": [row["answer"]] for n, row in enumerate(rows)}
+        return list(csv.DictReader(file, delimiter="\t"))
 
 
-GOLDS = {  # stage -> file with its tests' gold answers, in a folder of images or of stages
-    "TextVQA": ("TextVQA/TextVQA_0.5.1_val.json", textvqa_golds),
-    "ScienceQA": ("ScienceQA/problems.json", scienceqa_golds),
-    "GQA": ("GQA/testdev_balanced_questions.json", gqa_golds),
-    "APP": ("APP_test/MMT-Bench_ALL_MI_anno.tsv", mmt_bench_golds),
+GOLDS = {  # stage -> file with its tests' gold answers; its content -> {question_id: answers}
+    "TextVQA": (  # ten people's answers
+        "TextVQA/TextVQA_0.5.1_val.json",
+        lambda content: {str(row["question_id"]): row["answers"] for row in content["data"]},
+    ),
+    "ScienceQA": (  # the number of the right choice, here its letter
+        "ScienceQA/problems.json",
+        lambda content: {key: [LETTERS[row["answer"]]] for key, row in content.items()},
+    ),
+    "GQA": (
+        "GQA/testdev_balanced_questions.json",
+        lambda content: {key: [row["answer"]] for key, row in content.items()},
+    ),
+    # MLLM-CL's question ALL_<n> is row n, counted from 0, as in its code that fills in MMT-Bench's
+    # form; that this table has the same order is a guess.
+    "APP": (
+        "APP_test/MMT-Bench_ALL_MI_anno.tsv",
+        lambda rows: {f"ALL_{n}": [row["answer"]] for n, row in enumerate(rows)},
+    ),
 }
 
 

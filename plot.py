@@ -328,8 +328,8 @@ def asr_cases(record, path):
         cells.append((title, images[k], None))
         for (view, t), answer in zip(views.items(), pairs[k]):
             attention = facts[f"{t}-{i}-map"][k]
-            mark = "right" if (answer["score"] or 0) >= 0.5 else "wrong"
-            mark = "no score" if answer["score"] is None else mark
+            score = answer["score"]
+            mark = "no score" if score is None else ("wrong", "right")[score >= 0.5]
             cells.append((f"{view}\n{answer['text'][:16]!a} ({mark})", images[k], attention))
             power = np.abs(np.fft.fft2(attention)) ** 2
             power[0, 0] = np.nan
