@@ -197,6 +197,7 @@ REWRITTEN = {  # before a caption is cut into words
     "£": "#",
     "¢": " cents",
     "½": "1/2",
+    "\ufffd": " ",
     r"\b(can)(not)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b|\b(gim|lem)(me)\b": r"\1\3\5\7 \2\4\6\8",
     r"'t(is|was)\b": r"'t \1",
     r"(?<=[^\W\d_])(n't)\b": r" \1",
@@ -209,9 +210,9 @@ CAPTION_WORD = re.compile(
     r"https?://\S+|www\.\S+|\S+@\S+\.\w+|<[a-z]+>"
     rf"|(?<!\w)(?:{'|'.join(ABBREVIATIONS.split())})\.(?!\w)|(?:no|pp)\.(?=\s+\d)"
     r"|(?<!\w)(?:[^\W\d_]\.){2,}"  # u.s.
-    r"|(?<!\S)[-+.]\d(?:[\d.,]*\d)?"  # -5, .5
+    r"|(?<!\S)[-+]\d(?:[\d.,]*\d)?|\.\d+"  # -5, .5
     r"|n't|y'(?= all)|'(?:s|m|re|ve|ll|d|t|em|n'|\d0s)(?!\w)"
-    r"|[^\W_]+(?:(?:[-&/._]|(?<=\D)'(?=\D)|(?<=\d)[,:](?=\d))[^\W_]+)*"  # half-eaten, 1,000
+    r"|[^\W_]+(?:(?:[-&/_]|(?<=[^\W\d])[.'](?=[^\W\d])|(?<=\d)[.,:](?=\d))[^\W_]+)*"  # half-eaten
     r"|\.\.\.|--+|[?!]+|\S"
 )
 BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split()))
