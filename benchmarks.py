@@ -307,6 +307,7 @@ class Reader:
     def __init__(self, root: Path, row: Row, problem: Callable, skip_missing: bool = False):
         self.root, self.row, self.problem = root, row, problem
         self.skip_missing, self.skipped = skip_missing, {}  # "stage split" -> number of records
+        self.numbers = []  # of the records of the file last read that became samples, from 1
         # One listing per folder: 120,000 single look-ups take minutes on a network disk.
         self.names_in = cache(lambda folder: set(os.listdir(folder)) if folder.is_dir() else set())
         self.coco_image = cache(self.coco_image)  # about five questions share an image
@@ -334,6 +335,7 @@ class Reader:
     def read(self, stage: str, split: str) -> list[Sample]:
         """The samples of a stage's "train" or "test" file."""
         path, samples, absent, unusable = self.path(stage, split), [], [], 0
+        self.numbers = []
         try:
             records = read_json(path, list)
         except InputError as error:
@@ -345,6 +347,7 @@ class Reader:
                     raise InputError("no JSON object")
                 if fields := self.fields(record, path):
                     samples.append(self.sample(record, stage, *fields))
+                    self.numbers.append(number)
                 else:
                     unusable += 1
             except MissingImage as error:
@@ -402,10 +405,6 @@ class Reader:
 
 class LlavaReader(Reader):
     """LLaVA records, of training ("conversations") and of tests."""
-
-    def __init__(self, *settings):
-        super().__init__(*settings)
-        self.golds = cache(self.side_golds)  # opened when a test question needs them
 
     def path(self, stage: str, split: str) -> Path:
         task = self.row.stages[stage]
@@ -467,7 +466,7 @@ class LlavaReader(Reader):
         return self.image(likely.parent, likely.name)
 
     def read(self, stage: str, split: str) -> list[Sample]:
-        self.golds_of_stage = self.golds(stage) if split == "test" else {}
+        self.golds_of_stage = self.side_golds(stage) if split == "test" else {}
         samples = super().read(stage, split)
         if split == "test" and self.row.test_suffix:
             for sample in samples:
@@ -505,7 +504,7 @@ class LlavaReader(Reader):
                 captions.setdefault(int(row["image_id"]), []).append(caption)
         except (InputError, KeyError, TypeError, ValueError) as error:
             self.problem(f"{path} is no COCO caption file: {error!r}")
-        for number, sample in enumerate(samples, 1):
+        for number, sample in zip(self.numbers, samples):
             sample.answers = tuple(captions.get(number, sample.answers))
 
 

@@ -126,10 +126,10 @@ def router_question(question, descriptions, letters):
 
 
 def router_samples(samples, tasks, descriptions, letters):
-    """Samples [N] of tasks [N] as the router sees them: no suffix, and a letter as the answer."""
+    """Samples [N] of tasks [N] as the router sees them: one turn, no suffix, a letter as answer."""
     prompts = [router_question(asked(sample), descriptions, letters) for sample in samples]
     return [
-        replace(sample, question=prompt, answer=letters[k], suffix="")
+        replace(sample, question=prompt, answer=letters[k], suffix="", further=())
         for sample, prompt, k in zip(samples, prompts, tasks)
     ]
 

@@ -258,6 +258,12 @@ def test_records_whose_image_is_missing_are_left_out_on_demand(llava, capsys):
     assert stream.skipped == {"stage2 train": 1, "stage2 test": 1}
     assert [len(stage.train) for stage in stream.stages] == [1, 2]
     assert "stage2 train: 1 of 2 records are left out" in capsys.readouterr().out
+    write(llava / "stream.json", {"metric": "caption"})  # references count records, not samples
+    captions = [{"image_id": n, "caption": f"caption {n}"} for n in (1, 2)]
+    (llava / "stage2/images/0.png").rename(llava / "stage2/images/1.png")
+    write(llava / "stage2" / "test_coco_type.json", {"annotations": captions})
+    stream = load("--stream", llava, "--skip_missing")
+    assert stream.stages[0].test[0].answers == ("caption 2",)
 
 
 HOME = "Instructions_Original/"

@@ -43,12 +43,14 @@ def team(tiny):
 
 def test_the_routers_prompt(samples):
     """A line per expert in the order of the letters, not of the tasks; no suffix, no answer."""
-    sample = replace(samples[0], question="how many?\nOne word.", suffix="One word.")
+    turns = {"question": "how many?\nOne word.", "suffix": "One word.", "further": (("a", "b"),)}
+    sample = replace(samples[0], **turns)
     (asked,) = mllm_cl.router_samples([sample], [1], LINES[:2], ["B", "A"])
     lines = asked.question.split("\n")
     assert lines[0].startswith("You are the router")
     assert lines[1:] == ["A. maps", "B. signs", "Question: how many?", "Give the letter only."]
     assert asked.answer == "A" and asked.suffix == "" and asked.image == sample.image
+    assert asked.further == ()
     assert sorted(mllm_cl.letters_of(5, 3)) == list("ABCDE") != mllm_cl.letters_of(5, 3)
     assert len({tuple(mllm_cl.letters_of(5, seed)) for seed in range(20)}) > 10
 
