@@ -119,7 +119,7 @@ def mini_folder(name: str) -> Path:
 def how_to_get(stream: str, folder: Path) -> str:
     """The commands that get a stream's released files into the folder DIR, from docs/real.md."""
     page = (ROOT / "docs" / "real.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"#### ([^\n]+)\n\n```bash\n(.*?)```", page, re.DOTALL)
+    blocks = re.findall(r"### ([^\n]+)\n\n```bash\n(.*?)```", page, re.DOTALL)
     texts = [text for names, text in blocks if f"`{stream}`" in names]
     if not texts:
         return "the head of benchmarks.py shows the layout"
@@ -534,7 +534,7 @@ def template(processor, chat_template, image: bool, system: str) -> tuple[str, s
         turn = processor.apply_chat_template(talk + reply).split(a)[1].split(q)[0]
         if (before + between).count(processor.image_token) != image:
             raise ValueError("image tokens")
-    except (ValueError, IndexError):  # no template, or a text that cannot be split so
+    except Exception:  # no template, one that refuses a role, or a text that cannot be split so
         raise InputError(
             "the model needs a chat template (chat_template.jinja in its folder) that shows one "
             f"question, one answer and one {processor.image_token} per image"
