@@ -21,6 +21,10 @@ from draw import HERE, OBJECTS, VQA_TYPES, change_look, pick_some, scene
 from PIL import Image
 from tasks import CAPTION, TASKS, annotators
 
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks import STREAMS as STREAM_TABLE  # noqa: E402
+
 # New to the base model in the VQA streams: lamplight, and objects that it cannot name. Three of
 # those are in most of the pictures.
 VQA_NAMES = tuple(OBJECTS) + 8 * ("bus", "kite", "banana")
@@ -35,24 +39,6 @@ DOMAINS = {  # look: its common objects (others are rare); twice those the base 
 DOMAIN_KINDS = ("recognition", "type", "commonsense", "action", "location")
 DOMAIN_SIZE = {"train": 800, "test": 200}
 TASK_SIZE = {"train": 600, "test": 120}
-# Names of a release's training and test file: the stages that use them (others: "train test").
-FILES = {
-    "train test_3000": "ucit/ImageNet-R ucit/VizWiz ucit/IconQA trigap/IconQA",
-    "train_4w test_3000": "ucit/ArxivQA ucit/CLEVR trigap/ArxivQA trigap/CLEVR",
-    "train_brief_4w test_3000": "ucit/Flickr30k",
-    "train_standard_4w test_standard_3k": "trigap/PMCVQA trigap/ChartQA trigap/Roadside "
-    "trigap/ChemVQA trigap/FloodNetVQA",
-    "train_converted val_converted": "trigap/DocVQA",
-    "infographicsVQA_train_converted infographicsVQA_val_converted": "trigap/InfographicVQA",
-    "train val": "coin/TextVQA coin/VizWiz coin/VQAv2",
-}
-# Stream: folder of its stages, and folder that image paths are relative to. In other streams the
-# stages lie at the top, each with its own images.
-FOLDERS = {
-    "ucit": ("instructions", "datasets"),
-    "trigap": ("instructions", "datasets"),
-    "coin": ("playground/Instructions_Original", "cl_dataset"),
-}
 
 
 def save_image(image: np.ndarray, path: Path) -> None:
@@ -148,21 +134,19 @@ def draw_domains(rng, folder: Path, size: float) -> None:
 
 
 def draw_tasks(rng, folder: Path, stream: str) -> None:
-    """One of the streams in TASKS, in the layout of its release."""
-    top, image_root = FOLDERS.get(stream, ("", None))
+    """One of the streams in TASKS, in the layout of its release, which benchmarks.py knows."""
+    row = STREAM_TABLE[stream]
     for stage, example in TASKS[stream].items():
-        names = [files for files, stages in FILES.items() if f"{stream}/{stage}" in stages.split()]
-        train_file, test_file = (names or ["train test"])[0].split()
+        files = (row.stages[stage].files or row.files).format(stage).split()
         prefix = "AI2D_" if stage == "Sci" else ""  # Sci is scored by the name of the image
-        for split, file in (("train", train_file), ("test", test_file)):
-            test_folder = f"{stage}_test" if stream == "acl" and split == "test" else stage
-            home = folder / top / test_folder
-            images = folder / image_root if image_root else home
+        for split, file in zip(("train", "test"), files):
+            file = Path(os.path.normpath(folder / row.folders[0] / stage / f"{file}.json"))
+            home, images = file.parent, folder / row.images[0] if row.images else file.parent
             records, captions = [], []
             for n in range(TASK_SIZE[split]):
                 options = (split == "test",) if stream == "acl" else ()
                 image, question, answers = example(rng, *options)
-                name = f"{stage if image_root else 'images'}/{prefix}{split}_{n:05d}.png"
+                name = f"{stage if row.images else 'images'}/{prefix}{split}_{n:05d}.png"
                 save_image(image, images / name)
                 is_box = isinstance(answers[0], float)
                 answer = f"[{', '.join(f'{x:.2f}' for x in answers)}]" if is_box else answers[0]
@@ -174,7 +158,7 @@ def draw_tasks(rng, folder: Path, stream: str) -> None:
                     record["answer"] = answers  # of ten people
                 records.append(record)
                 captions += [{"image_id": n + 1, "caption": a} for a in answers]
-            save_json(records, home / f"{file}.json")
+            save_json(records, file)
         if question == CAPTION:  # COCO's format, images counted from 1
             save_json({"annotations": captions}, home / "val_coco_type_3000.json")
     if stream == "dcl":
