@@ -132,12 +132,10 @@ def lines(curves, title, x, y, path):
 
 
 def bars(groups, columns, path):
-    """A panel of horizontal bars per column {title: function of a record}: mean +- std of the
-    records of each label."""
+    """A panel of bars per column {title: function of a record}: mean +- std of a label's records."""
     figure, axes = new_figure(1, len(columns), 1.2 + 0.4 * len(groups), sharey=True)
     for axis, color, (title, function) in zip(axes[0], COLORS, columns.items()):
-        rows = [[function(record) for record in records] for records in groups.values()]
-        values = [np.array(row, dtype=float) for row in rows]  # no score is None, here nan
+        values = [np.array([*map(function, group)], dtype=float) for group in groups.values()]
         errors = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
         drawn = axis.barh(range(len(values)), list(map(np.mean, values)), xerr=errors, color=color)
         axis.bar_label(drawn, fmt=" %.1f")
