@@ -132,7 +132,7 @@ def lines(curves, title, x, y, path):
 
 
 def bars(groups, columns, path):
-    """A panel of bars per column {title: function of a record}: mean +- std of a label's records."""
+    """A panel of bars per column {title: function of a record}: mean +- std of each label."""
     figure, axes = new_figure(1, len(columns), 1.2 + 0.4 * len(groups), sharey=True)
     for axis, color, (title, function) in zip(axes[0], COLORS, columns.items()):
         values = [np.array([*map(function, group)], dtype=float) for group in groups.values()]
