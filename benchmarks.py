@@ -327,7 +327,7 @@ class Reader:
             if names:
                 command = "unzip -d" if min(names).endswith("zip") else "tar -C"
                 way = f"{command} {folder}{' -xf' * ('tar' in command)} {folder / min(names)}"
-                return f"; {len(names)} archives there are not extracted: {way}"
+                return f"; archives there ({len(names)}) are not extracted: {way}"
             if folder == self.root:
                 break
         return ""
@@ -414,7 +414,8 @@ class LlavaReader(Reader):
         places = itertools.product(self.row.folders, names, files)
         paths = [self.root / folder / name / f"{file}.json" for folder, name, file in places]
         paths = [Path(os.path.normpath(path)) for path in paths]
-        return next(filter(Path.exists, paths), paths[0])
+        likely = [path for path in paths if path.parent.parent.is_dir()] or paths[:1]
+        return next(filter(Path.exists, paths), max(likely, key=lambda path: len(path.parts)))
 
     def fields(self, record: dict, path: Path) -> tuple:
         further = ()

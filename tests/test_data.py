@@ -246,10 +246,17 @@ def test_layouts_as_released(stream, stage, tmp_path, capsys):
         with pytest.raises(InputError, match="json: the image of 1 of 1 .*--skip_missing"):
             load(*words)
         write((root / stored[-1]).parent / "images-0.tar.gz", "")
-        with pytest.raises(InputError, match="1 archives there are not extracted: tar -C .*-0.tar"):
+        with pytest.raises(InputError, match=r"there \(1\) are not extracted: tar -C .*-0.tar"):
             load(*words)
     assert data.main(list(map(str, words))) == 1
     assert "how to get the files into DIR" in capsys.readouterr().out
+
+
+def test_an_empty_folder_is_told_what_it_lacks(tmp_path, capsys):
+    for stream in set(data.STREAMS) - {"domains"}:
+        assert data.main(["--stream", stream, "--data", str(tmp_path)]) == 1
+        out = capsys.readouterr().out
+        assert "missing file" in out and "how to get the files into DIR" in out
 
 
 def test_records_whose_image_is_missing_are_left_out_on_demand(llava, capsys):
