@@ -222,6 +222,7 @@ class Run:
         if not silent():
             torch.save(state, self.folder / "checkpoint.part")
             os.replace(self.folder / "checkpoint.part", self.folder / "checkpoint.pt")
+        self.lap("saving")
 
     def steps(self, t, total, begin=0, title=""):
         """The numbers of a stage's steps that are still to do, behind a progress bar."""

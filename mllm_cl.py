@@ -415,6 +415,7 @@ def main(args):
             elif steps:
                 team.router = llava.lora_state()
                 llava.save_lora(run.folder / "router")
+                run.lap("saving")
         half = 0
 
         # Test on all stages seen so far; the router's choices are kept for the figures.
