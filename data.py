@@ -441,8 +441,8 @@ def resolve_defaults(args):
 
     Raises InputError if the model is no LLaVA or if flags do not fit each other."""
     row, config = STREAMS.get(args.stream, Row({})), text_config(args.model)
-    size, values = ("tiny", TINY | row.tiny) if is_tiny(args.model) else ("full", REAL | row.real)
-    values = values | row.extras
+    tiny = is_tiny(args.model)
+    values = (TINY | row.tiny if tiny else REAL | row.real) | row.extras
     if config.model_type != "llama":  # no Vicuna: its template has a system prompt of its own
         values["system"] = ""
     for key, value in values.items():
@@ -456,8 +456,8 @@ def resolve_defaults(args):
         args.processes = world  # goes into args.json
     words = [f"{key} {value}" for key, value in chosen.items() if value != ""]
     listed = ", ".join(words) or "all given"
-    width = f"text width {config.hidden_size}"
-    print(f"defaults for {args.stream} and a {size}-size model ({width}): {listed}")
+    size = f"{'tiny' if tiny else 'full-size'} model (text width {config.hidden_size})"
+    print(f"defaults for {args.stream} and a {size}: {listed}")
     return args
 
 

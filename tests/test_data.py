@@ -595,11 +595,9 @@ def test_defaults_follow_stream_and_model(model_folder, capsys):
     assert (args.lr, args.epochs, args.batch_size, args.object_groups) == (2e-4, 1, 4, None)
     args = defaults("--stream", "acl", "--model", large, "--order", "VP,OCR", "--lr", "1e-5")
     assert (args.epochs, args.lr, args.rank, args.system) == ([1, 3], 1e-5, 32, benchmarks.VICUNA)
-    gammas = [asr.parse(["--stream", s, "--model", str(large)]).gamma for s in ("coin", "vqacl")]
-    assert (
-        gammas == [0.02, 0.05]
-        and asr.parse(["--stream", "coin", "--model", str(tiny)]).gamma == 0.05
-    )
+    pairs = ("coin", large), ("vqacl", large), ("coin", tiny)
+    gammas = [asr.parse(["--stream", s, "--model", str(model)]).gamma for s, model in pairs]
+    assert gammas == [0.02, 0.05, 0.05]
     qwen = model_folder(1024, text_config={"model_type": "qwen2", "hidden_size": 1024})
     assert defaults("--stream", "dcl", "--model", qwen).system == ""
     for stream in [*data.STREAMS, "my/folder"]:
