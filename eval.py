@@ -548,22 +548,28 @@ def group(records: list[dict]) -> dict[str, dict[int, dict]]:
     return groups
 
 
+def compared(values: dict[int, dict], first: dict[int, dict], names) -> list[str]:
+    """Cells of one line, for numbers {seed: {name: number}}: mean ± std over seeds, and beside AP
+    and AF the difference to the first line, paired by seed ("" in the first line itself)."""
+    cells = []
+    for name in names:
+        cells.append(mean_std([numbers[name] for numbers in values.values()]))
+        if name in ("AP", "AF"):
+            pairs = [(values[seed][name], first[seed][name]) for seed in values if seed in first]
+            cells.append("" if values is first else difference(pairs))
+    return cells
+
+
 def compare(records: list[dict], markdown: bool = False) -> str:
-    """A line per group of runs: mean ± std over its finished seeds, and beside AP and AF their
-    difference to the first line, paired by seed."""
+    """A line per group of runs, over its finished seeds; see `compared`."""
     head = ["AP", "- first [95%]", "AF", "- first [95%]", "Avg", "BWT", "minutes"]
     rows, first = [["", "finished", *head]], None
     for label, runs in group(records).items():
         done = {seed: run for seed, run in runs.items() if "seconds" in run}
         values = {s: metrics(r["matrix"]) | {"minutes": r["seconds"] / 60} for s, r in done.items()}
         first = values if first is None else first
-        line = [label, f"{len(done)} of {len(runs)}"]
-        for key in ("AP", "AF", "Avg", "BWT", "minutes"):
-            line.append(mean_std([value[key] for value in values.values()]))
-            if key in ("AP", "AF"):
-                pairs = [(values[seed][key], first[seed][key]) for seed in values if seed in first]
-                line.append("" if values is first else difference(pairs))
-        rows.append(line)
+        cells = compared(values, first, ("AP", "AF", "Avg", "BWT", "minutes"))
+        rows.append([label, f"{len(done)} of {len(runs)}", *cells])
     return grid(rows, markdown)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import difference, grid, mean_std, paired, show
+from eval import compared, grid, mean_std, paired, show
 
 RESULTS = Path(__file__).parent
 
@@ -65,11 +65,6 @@ def mean(values: list) -> str:
     return show(np.mean(values)) if values else "missing"
 
 
-def apart(runs: dict, others: dict, name: str) -> str:
-    """How far a row lies from another, over the seeds that both have."""
-    return difference([(runs[seed][name], others[seed][name]) for seed in runs if seed in others])
-
-
 def sweep_tables(name: str, sweep: dict) -> str:
     """Per stream: metrics, with differences to the first row; details; scores of all tasks."""
     texts = []
@@ -78,12 +73,9 @@ def sweep_tables(name: str, sweep: dict) -> str:
         table = [["row", "seeds", "AP", f"AP - {first}", "AF", f"AF - {first}", "Avg", "BWT"]]
         for row, cells in rows.items():
             missing = ", ".join(str(seed) for seed in cells if seed not in runs[row])
-            line = [row, f"{len(runs[row])} (missing {missing})" if missing else str(len(cells))]
-            for key in ("AP", "AF", "Avg", "BWT"):
-                line.append(mean_std(column(runs[row], key)))
-                if key in ("AP", "AF"):
-                    line.append("" if row == first else apart(runs[row], runs[first], key))
-            table.append(line)
+            seeds = f"{len(runs[row])} (missing {missing})" if missing else str(len(cells))
+            scores = compared(runs[row], runs[first], ("AP", "AF", "Avg", "BWT"))
+            table.append([row, seeds, *scores])
         texts += [f"{name}, `--stream {stream}`:", grid(table, True)]
         records = [record for cells in rows.values() for record in cells.values() if record]
         if records:
