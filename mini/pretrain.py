@@ -3,10 +3,8 @@
     python mini/pretrain.py --out runs/tiny-llava     pre-train one; use it with --model FOLDER
     python mini/pretrain.py --table                   accuracies of the shipped runs, as Markdown
 
-(a) The CLIP tower learns to name what every patch shows, which the drawing code knows. (b) With the
-tower frozen, projector and language model learn to answer questions about pictures, up to ten per
-picture packed into one sequence. Then the share of exact answers per kind of question is measured
-on held-out pictures, with the picture and with a black one, and saved as pretrain.json.
+(a) The tower learns to name what every patch shows, (b) projector and language model learn to
+answer questions; README.md says how. Settings, curve and accuracies are saved as pretrain.json.
 
 Letters: N pictures of a set, B of a batch, S tokens of a sequence; 64 patches; 128 features.
 """
@@ -46,11 +44,7 @@ PROBABILITY = {kind: p for p, kinds in TAUGHT.items() for kind in kinds.split()}
 
 
 def build_tokenizer():
-    """Byte-level BPE in which every word of the drawn world is one token and any text is readable.
-
-    Trained on each distinct word once, until no pair is left to merge: known words become single
-    tokens, unknown text falls back to pieces and, if need be, to bytes.
-    """
+    """Byte-level BPE, trained on each word of the drawn world once, until each is one token."""
     rng, words = np.random.default_rng(0), set()
     vocabulary = (*draw.WORDS, *draw.LANDS, *draw.CORNERS, *draw.STAINS, *draw.LETTERS)
     vocabulary += (*COLORS, *OBJECTS, *SHAPES, *range(20))
@@ -93,33 +87,34 @@ def draw_any(rng, kind=None, familiar: bool = False) -> draw.Picture:
     return kind(rng, everything=True) if kind in (draw.scene, draw.shapes) else kind(rng)
 
 
-def make_optimizers(module) -> list:
-    """Muon for the matrices inside, AdamW for the rest: half the steps that AdamW alone needs."""
+def train(part: str, module, steps: int, highest: float, loss_of, log, every: int) -> None:
+    """Minimize loss_of(step) over the parameters of module that require gradients.
+
+    Muon for the matrices inside, AdamW for the rest: half the steps that AdamW alone needs. The
+    learning rate warms up linearly to `highest` in 50 steps, times a cosine that falls to 0.
+    """
     inside, rest = [], []
     for name, p in module.named_parameters():
         if p.requires_grad:
             is_inside = p.ndim == 2 and "embed" not in name and "lm_head" not in name
             (inside if is_inside else rest).append(p)
-    return [
+    optimizers = [
         torch.optim.Muon(inside, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, weight_decay=0.05, betas=(0.9, 0.98)),
     ]
-
-
-def update(module, optimizers: list, loss, lr: float) -> None:
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-
-
-def cosine(step: int, steps: int, warm_up: int = 50) -> float:
-    """Share of the highest learning rate: a linear warm-up, and a cosine that falls to 0."""
-    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    for step in tqdm(range(steps), desc=part, mininterval=5):
+        loss = loss_of(step)
+        for optimizer in optimizers:  # a frozen tower keeps its gradient, and clipping counts it
+            optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        share = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = highest * share
+            optimizer.step()
+        if step % every == 0 or step == steps - 1:
+            log(part, step, loss.item())
 
 
 # ---- 2. Part (a): the tower ----------------------------------------------------------------------
@@ -151,9 +146,7 @@ def false_colors(rng) -> np.ndarray:
 class PatchHeads(nn.Module):
     """Linear heads that read what, color, state, place and RGB value of a patch off its features.
 
-    They are random and never trained: the tower must give all five the same magnitude. With trained
-    heads, color, state and place are present but small, and the language model needs many times
-    more steps to find them.
+    They are random and never trained: the tower must give all five the same magnitude (README.md).
     """
 
     def __init__(self):
@@ -206,9 +199,9 @@ def pretrain_tower(model, processor, pictures, steps: int, seed: int, log) -> di
     images = np.stack([p.image for p in pictures])
     labels = torch.from_numpy(np.stack([p.labels for p in pictures])).flatten(2)  # [N, 3, 64]
     tower, heads = model.model.vision_tower, PatchHeads()
-    optimizers = make_optimizers(tower)
     rng, held_out = np.random.default_rng(seed + 1), len(pictures) - 500
-    for step in tqdm(range(steps), desc="tower", mininterval=5):
+
+    def loss_of(step: int) -> torch.Tensor:
         index = rng.integers(0, held_out, 48)
         # half of the pictures in false colors: the tower should see more than eight colors
         is_false = torch.from_numpy(rng.random(len(index)) < 0.5)
@@ -217,10 +210,9 @@ def pretrain_tower(model, processor, pictures, steps: int, seed: int, log) -> di
         if step % 2:  # sensor noise
             x = x + rng.normal(0, rng.uniform(0, 0.2), x.shape)
         h = patch_features(model, processor, np.clip((x + 1) * 127.5, 0, 255))
-        loss = heads.loss(h, labels[index], torch.from_numpy(mix).float(), is_false)
-        update(tower, optimizers, loss, 1e-3 * cosine(step, steps))
-        if step % 100 == 0 or step == steps - 1:
-            log("tower", step, loss.item())
+        return heads.loss(h, labels[index], torch.from_numpy(mix).float(), is_false)
+
+    train("tower", tower, steps, 1e-3, loss_of, log, every=100)
     with torch.no_grad():
         h = patch_features(model, processor, images[held_out:])
         return heads.accuracy(h, labels[held_out:])
@@ -285,8 +277,7 @@ def answer_logits(model, packed: tuple, features) -> tuple[torch.Tensor, torch.T
 def exact_answers(model, processor, pictures, features) -> dict[str, float]:
     """Share of exactly right greedy answers per kind of question, in percent.
 
-    An answer is right if every one of its tokens and </s> is the arg-max under teacher forcing,
-    which is the same as greedy decoding giving exactly this answer.
+    Such an answer has every token and </s> as the arg-max under teacher forcing.
     """
     hits = {}
     for start in range(0, len(pictures), 50):
@@ -306,9 +297,9 @@ def exact_answers(model, processor, pictures, features) -> dict[str, float]:
 def pretrain_language(model, processor, pictures, steps: int, rng, log) -> None:
     """Train projector and language model on the frozen tower's features of these pictures."""
     features = frozen_features(model, processor, np.stack([p.image for p in pictures]))
-    optimizers = make_optimizers(model)
     scenes = np.array([i for i, p in enumerate(pictures) if p.kind == "scene"])
-    for step in tqdm(range(steps), desc="language", mininterval=5):
+
+    def loss_of(step: int) -> torch.Tensor:
         # first the basics, on scenes only: what is where, in which color; then everything
         basics = step < steps // 4
         index, questions = rng.choice(scenes if basics else len(pictures), 20), []
@@ -321,10 +312,9 @@ def pretrain_language(model, processor, pictures, steps: int, rng, log) -> None:
             questions.append(draw.pick_some(rng, taught, 10))
         packed = pack(processor.tokenizer, questions)
         logits, answers = answer_logits(model, packed, features[index].float())
-        loss = cross_entropy(logits, answers)
-        update(model, optimizers, loss, 2e-3 * cosine(step, steps))
-        if step % 50 == 0 or step == steps - 1:
-            log("language", step, loss.item())
+        return cross_entropy(logits, answers)
+
+    train("language", model, steps, 2e-3, loss_of, log, every=50)
 
 
 def pretrain(args) -> None:
