@@ -44,8 +44,8 @@ from torch.nn.functional import one_hot
 import data
 import plot
 from attention import capture_attention
-from data import InputError
 from eval import SAVE_EVERY, Run
+from files import InputError, input_errors
 from model import LLaVA, to_device
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
@@ -552,6 +552,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with data.input_errors():
+    with input_errors():
         args = parse()
         print("figures:", plot.asr(args.plot, args.out)) if args.plot else main(args)

@@ -43,9 +43,10 @@ from torch.nn.functional import cosine_similarity, dropout, kl_div, linear
 
 import data
 import plot
-from data import InputError, Stage
-from eval import SAVE_EVERY, Run, accuracy, evaluate, predictions_file, read_json, write_predictions
+from data import Stage
+from eval import SAVE_EVERY, Run, accuracy, evaluate, write_predictions
 from features import question_and_image
+from files import InputError, input_errors, predictions_file, read_json
 from model import LLaVA, LoRALinear, seed_by, to_device
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
@@ -515,6 +516,6 @@ def main(args, kind=None):
 
 
 if __name__ == "__main__":
-    with data.input_errors():
+    with input_errors():
         args = parse()
         print("figures:", plot.baselines(args.plot, args.out)) if args.plot else main(args)

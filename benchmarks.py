@@ -32,7 +32,6 @@ table: {"stages": [...], "metric": "exact", "metrics": {stage: metric}, "suffix"
 import contextlib
 import csv
 import itertools
-import json
 import os
 import random
 import re
@@ -43,9 +42,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-
-class InputError(Exception):
-    """The user's input cannot be used. One sentence: what, where, what to do."""
+from files import InputError, read_json
 
 
 class MissingImage(InputError):
@@ -272,23 +269,6 @@ def object_group(category: int, reading: str = "paper") -> str:
 
 
 # ---- 2. Readers, one per layout ------------------------------------------------------------------
-
-
-def read_json(path: Path, kind: type = object):
-    """Content of a .json file, or the list in a .jsonl file; InputError with file and line, or if
-    it holds no `kind` (list or dict)."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        if Path(path).suffix == ".jsonl":  # as one array, in which every line keeps its number
-            text = "[" + ",\n".join(text.splitlines()) + "]"
-        content = json.loads(text)
-    except FileNotFoundError:
-        raise InputError(f"missing file {path}") from None
-    except (OSError, ValueError) as error:  # broken JSON says its line and column
-        raise InputError(f"{path} is corrupt or truncated: {error}") from None
-    if not isinstance(content, kind):
-        raise InputError(f"{path} must hold one JSON {'array' if kind is list else 'object'}")
-    return content
 
 
 def text_of(value, what: str) -> str:

@@ -43,9 +43,9 @@ import torch.nn.functional as F
 
 import data
 import plot
-from data import InputError
 from eval import SAVE_EVERY, Run
 from features import ClipFeatures, question_and_image
+from files import InputError, input_errors
 from model import LLaVA, seed_by
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
@@ -512,6 +512,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with data.input_errors():
+    with input_errors():
         args = parse()
         print("figures:", plot.cram(args.plot, args.out)) if args.plot else main(args)

@@ -16,7 +16,6 @@ _.._ are the question rows; the instruction is neither.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
@@ -43,26 +42,15 @@ from benchmarks import (
     STREAMS,
     TARGETS,
     TINY,
-    InputError,
     Row,
     Sample,
     Task,
-    read_json,
 )
+from files import InputError, input_errors, read_json
 from scorers import ALL_GOLDS, RULES
 
 ROOT = Path(__file__).resolve().parent
 MINI_SOURCES = ("draw.py", "tasks.py", "streams.py", "sprites.png")  # what a drawing depends on
-
-
-@contextlib.contextmanager
-def input_errors():
-    """Report an InputError as `error: sentence` on stderr and exit with code 2."""
-    try:
-        yield
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 # ---- 1. Streams: find the folder, read the stages, order them, cut them --------------------------

@@ -43,8 +43,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks import read_json
-from data import InputError, input_errors
+from files import (
+    InputError,
+    input_errors,
+    jsonable,
+    predictions_file,
+    read_json,
+    silent,
+    write_json,
+    write_text,
+)
 from model import gather, processes, share_out
 from scorers import caption_scores, score
 
@@ -328,40 +336,6 @@ def versions():
     return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
 
 
-def silent():
-    """Under torchrun the first process alone writes; True in the others."""
-    return processes()[0] > 0
-
-
-def jsonable(value):
-    """Plain JSON types: a path becomes a string, nan null, infinity "inf" (JSON knows neither)."""
-    if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [jsonable(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return str(value) if isinstance(value, Path) else value
-
-
-def write_text(path, text):
-    """Write the whole file or nothing: after a kill the old file is there, never half a new one."""
-    if silent():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path, content):
-    """Write a dict as JSON, atomically, one line per key."""
-    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(jsonable(content).items())]
-    write_text(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
-
-
 def start_run(args, script):
     """Make the run folder (args.out or runs/SCRIPT-STREAM-SEED) with its args.json; return it.
 
@@ -424,12 +398,6 @@ def git_commit():
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("-dirty" if dirty else "")
-
-
-def predictions_file(run, trained, tested):
-    """File of the answers behind matrix[trained, tested] (from 0); a word names an extra test."""
-    on = tested + 1 if isinstance(tested, int) else tested
-    return Path(run) / "predictions" / f"after-{trained + 1}-on-{on}.jsonl"
 
 
 def write_predictions(run, trained, tested, rows):

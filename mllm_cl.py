@@ -43,8 +43,8 @@ import torch.nn.functional as F
 import data
 import plot
 from benchmarks import LETTERS
-from data import InputError
 from eval import SAVE_EVERY, Run, accuracy, evaluate, grid, read_run, set_random_state, show
+from files import InputError, input_errors
 from model import LLaVA, read_lora, seed_by, share_out
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
@@ -431,6 +431,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with data.input_errors():
+    with input_errors():
         args = parse()
         print("figures:", plot.mllm_cl(args.plot, args.out)) if args.plot else main(args)

@@ -35,8 +35,9 @@ from transformers import LlavaForConditionalGeneration as Llava
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from attention import one_pass_per_block
-from data import TARGETS, Collator, InputError, text_config
+from data import TARGETS, Collator, text_config
 from features import FeatureCache
+from files import InputError
 
 # ---- 1. LLaVA ------------------------------------------------------------------------------------
 

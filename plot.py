@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import InputError, input_errors
-from eval import interference, metrics, predictions_file, read_json, read_run, seen_mean, show
+from eval import interference, metrics, read_run, seen_mean, show
+from files import InputError, input_errors, predictions_file, read_json
 
 # ---- 1. Runs and their labels --------------------------------------------------------------------
 

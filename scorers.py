@@ -11,7 +11,7 @@ from collections import Counter
 
 import numpy as np
 
-from benchmarks import InputError
+from files import InputError
 
 # VQA's gold answers are free text from ten annotators. The official evaluation (visualqa.org) makes
 # "Two dogs." equal to "2 dogs"; its oddities are kept, because all published numbers rest on them.

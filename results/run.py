@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import tables  # noqa: E402
 from sweeps import SWEEPS, cells, source  # noqa: E402
 
-from data import InputError, input_errors  # noqa: E402
+from files import InputError, input_errors  # noqa: E402
 
 RESULTS = ROOT / "results"
 LOCK = threading.Lock()  # two cells may finish at the same time

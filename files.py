@@ -1,0 +1,167 @@
+"""Files that survive a kill, a full disk and a flipped bit, and errors that are one sentence.
+
+input_errors       at the bottom of every script: what goes wrong ends as one sentence
+damaged            around whatever reads a file that may be broken
+read_json          the content of a file, or an InputError that names it
+write_bytes, ...   a whole file or nothing
+lock               a run folder belongs to one process
+predictions_file   where a run keeps the answers behind a cell of its accuracy matrix
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows has other locks
+    fcntl = None
+
+
+class InputError(Exception):
+    """The user's input cannot be used. One sentence: what, where, what to do."""
+
+
+# ---- 1. Errors -----------------------------------------------------------------------------------
+
+NO_MEMORY = "out of memory|t allocate memory|not enough memory"  # as torch says it
+locks = {}  # run folder -> its open lock, of the runs that this process has begun
+
+
+@contextlib.contextmanager
+def input_errors():
+    """Report what went wrong as one sentence on stderr and exit: with code 130 after Ctrl-C, with 2
+    after an InputError, a file that cannot be read or written, or too little memory."""
+    code = 2
+    try:
+        yield
+        return
+    except KeyboardInterrupt:
+        sentence, code = f"stopped{go_on()}", 130
+    except InputError as error:
+        sentence = f"error: {error}"
+    except OSError as error:
+        file = f" {error.filename}" if error.filename else ""
+        sentence = f"error: cannot read or write{file}: {error.strerror or error}{go_on()}"
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+            raise
+        sentence = "error: out of memory: lower --batch_size (or raise --accumulate) and "
+        sentence += f"--eval_batch_size ({str(error).splitlines()[:1]})"
+    print(sentence, file=sys.stderr)
+    sys.exit(code)
+
+
+def go_on() -> str:
+    """What to say where a run ends early."""
+    return f"; the same command with --resume goes on in {[*locks][-1]}" if locks else ""
+
+
+@contextlib.contextmanager
+def damaged(what):
+    """Around code that reads `what`: whatever it raises becomes an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # broken content can raise nearly anything inside a library
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{what} is damaged, or of another version: {reason}") from error
+
+
+def lock(folder: Path) -> None:
+    """Keep this run folder to this process until it ends, however it ends.
+
+    InputError if another process has it. Where the file system knows no locks, a note says so.
+    """
+    if folder in locks or not fcntl:
+        return
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{folder} belongs to a run that is not over: choose another --out"
+        ) from None
+    except OSError as error:
+        print(f"note: {folder} cannot be locked ({error.strerror}): do not start two runs in it")
+    locks[folder] = file
+
+
+# ---- 2. Reading ----------------------------------------------------------------------------------
+
+
+def read_json(path: Path, kind: type = object):
+    """Content of a .json file, or the list in a .jsonl file; InputError with file and line, or if
+    it holds no `kind` (list or dict)."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is no file" if path.exists() else f"missing file {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":  # as one array, in which every line keeps its number
+            text = "[" + ",\n".join(text.splitlines()) + "]"
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:  # broken JSON says its line and column
+        raise InputError(f"{path} is corrupt or truncated: {error}") from None
+    if not isinstance(content, kind):
+        raise InputError(f"{path} must hold one JSON {'array' if kind is list else 'object'}")
+    return content
+
+
+def predictions_file(run, trained, tested):
+    """File of the answers behind matrix[trained, tested] (from 0); a word names an extra test."""
+    on = tested + 1 if isinstance(tested, int) else tested
+    return Path(run) / "predictions" / f"after-{trained + 1}-on-{on}.jsonl"
+
+
+# ---- 3. Writing ----------------------------------------------------------------------------------
+
+
+def silent():
+    """Under torchrun the first process alone writes; True in the others."""
+    return int(os.environ.get("RANK", 0)) > 0
+
+
+def write_bytes(path, content):
+    """Write the whole file or nothing: after a kill, on a full disk or without power the old file
+    is there, never half a new one."""
+    if silent():
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def write_text(path, text):
+    write_bytes(path, text.encode())
+
+
+def write_json(path, content):
+    """Write a dict as JSON, one line per key."""
+    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(jsonable(content).items())]
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def jsonable(value):
+    """Plain JSON types: a path becomes a string, nan null, infinity "inf" (JSON knows neither)."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return str(value) if isinstance(value, Path) else value
