@@ -438,7 +438,7 @@ def reference_embeddings(llava, samples, args):
         return [torch.stack(embeddings(llava.forward(batch), batch), 1)]
 
     with llava.lora_off():
-        return llava.over(samples, args.eval_batch_size, look)[0]
+        return llava.over(samples, args.eval_batch_size, look, "reference of L_geo")[0]
 
 
 def remember(memory, llava, samples, pi, args):
@@ -450,7 +450,7 @@ def remember(memory, llava, samples, pi, args):
             maps = attention_maps(captured, llava)
         return descriptor(*maps, args.spectrum, args.published)[:2]
 
-    phi, angular = llava.over(samples, args.eval_batch_size, look)  # [N, D], [N, M]
+    phi, angular = llava.over(samples, args.eval_batch_size, look, "prototypes")  # [N, D], [N, M]
     new = to_device([phi, angular, pi], llava.device)
     return update_prototypes(memory, *new, floor=1e-4 if 7 in args.published else 0.0)
 
@@ -532,7 +532,7 @@ def main(args):
         begin = 0
 
         # One more look at the training data makes the prototypes; then it is gone.
-        llava.model.eval()
+        llava.eval()
         if args.beta:
             pi = skill_posterior(stage.train, t, args, skills, parser, questions, learned=True)
             memory = remember(memory, llava, stage.train, pi, args)
@@ -547,8 +547,8 @@ def main(args):
     trained = sum(p.numel() for p in lora)
     stored = sum(x.numel() for x in [*memory.values(), *parser.values()])
     facts = {"trainable_parameters": trained, "stored_parameters": trained + stored}
-    run.finish(drift=plot.drift(run.folder), skills=skills if args.beta else [], **facts)
-    print("figures:", plot.asr([run.folder]))
+    facts |= {"drift": plot.drift(run.folder), "skills": skills if args.beta else []}
+    run.finish(plot.asr, **facts)
 
 
 if __name__ == "__main__":

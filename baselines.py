@@ -38,7 +38,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity, dropout, kl_div, linear
 
 import data
@@ -46,8 +45,8 @@ import plot
 from data import Stage
 from eval import SAVE_EVERY, Run, accuracy, evaluate, write_predictions
 from features import question_and_image
-from files import InputError, input_errors, predictions_file, read_json
-from model import LLaVA, LoRALinear, seed_by, to_device
+from files import InputError, input_errors, predictions_file, progress, read_json
+from model import LLaVA, LoRALinear, seed_by, to_device, write_tensors
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
 
@@ -215,7 +214,7 @@ class EWC(Sequential):
         """F, a tensor per parameter: the mean over samples of the squared gradient of log p of the
         given answer [2]. One sample at a time: the square of a mean gradient is something else."""
         fisher = [torch.zeros_like(p) for p in self.lora]
-        for sample in samples:
+        for sample in progress(samples, "Fisher information"):
             batch = self.llava.batch([sample], train=True)
             n = (batch["labels"] != -100).sum()  # log p is a sum over the answer's tokens
             log_p = -self.llava.forward(batch).loss * n
@@ -356,7 +355,7 @@ class HiDe(OLoRA):
         return {}
 
     def after(self, t, stage):
-        features = self.llava.over(stage.train, 64, self.features_of)
+        features = self.llava.over(stage.train, 64, self.features_of, "anchors")
         self.anchors.append([x.mean(0).to(self.llava.device) for x in features])
 
     def likeness(self, words, images):
@@ -413,8 +412,7 @@ class MoELoRA(Sequential):
         return self.llava.add_lora(self.args, MoELoRALinear, experts=self.args.experts)
 
     def save(self, folder):  # peft has no such adapter: our own names
-        folder.mkdir(exist_ok=True)
-        save_file(self.llava.lora_state(), folder / "adapter_model.safetensors")
+        write_tensors(folder / "adapter_model.safetensors", self.llava.lora_state())
 
 
 METHODS = {"zeroshot": ZeroShot, "sequential": Sequential, "joint": Joint, "replay": Replay}
@@ -468,6 +466,7 @@ def main(args, kind=None):
     data.show_sample(stream.stages[0].train[0], llava.processor, args.system)
 
     plan = method.plan()
+    run.plan = [stage for _, stage in plan]
     first, begin = 0, 0  # the stage and the step to start from
     if state := run.resume():
         method.load(state)
@@ -485,7 +484,7 @@ def main(args, kind=None):
         if begin:
             optimizer.load_state_dict(state["optimizer"])
         llava.model.train()
-        for k in run.steps(p, len(steps), begin, stage.name):
+        for k in run.steps(p, len(steps), begin):
             lr = stage.lr * data.schedule(k, len(steps), args.warm_up)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
@@ -504,15 +503,15 @@ def main(args, kind=None):
         begin = 0
 
         # A last look at the stage's data, then test on all stages seen so far.
-        llava.model.eval()
+        llava.eval()
         method.after(t, stage)
         run.test(t, method.answer)
         run.save((p + 1, 0), **method.state())
 
     facts = {"blind": test_blind(run, method)} if args.blind else {}
     method.save(run.folder / "lora")
-    run.finish(trainable_parameters=trained, stored_parameters=method.stored(), **facts)
-    print("figures:", plot.baselines([run.folder]))
+    facts |= {"trainable_parameters": trained, "stored_parameters": method.stored()}
+    run.finish(plot.baselines, **facts)
 
 
 if __name__ == "__main__":

@@ -272,10 +272,17 @@ def object_group(category: int, reading: str = "paper") -> str:
 
 
 def text_of(value, what: str) -> str:
-    """A stripped string that is not empty; numbers are taken as text."""
+    """A stripped string that is not empty; numbers are taken as text. InputError, too, if it is no
+    Unicode, or if it has the mark of an image where none can be."""
     text = str(value).strip() if type(value) in (str, int, float) else ""
     if not text:
         raise InputError(f"the {what} must be text, not {value!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the {what} has half a character (a surrogate): {value!a}") from None
+    if "<image>" in text and what in ("answer", "later question", "description"):
+        raise InputError(f"the {what} must not contain <image>: {value!r}")
     return text
 
 
@@ -340,7 +347,21 @@ class Reader:
             self.absent(f"{stage} {split}", path, absent, len(records))
         if not samples:
             self.problem(f"stage {stage} has no {split} data: {path}")
+        if split == "test":
+            self.tell_apart(stage, samples)
         return samples
+
+    def tell_apart(self, stage: str, samples: list[Sample]) -> None:
+        """Number the samples that share an id, by which answers are kept: 7, 7#2, 7#3."""
+        met = Counter()
+        for sample in samples:
+            met[sample.id] += 1
+            if met[sample.id] > 1:
+                sample.id += f"#{met[sample.id]}"
+        if twice := sum(met.values()) - len(met):
+            print(
+                f"note: {twice} test questions of {stage} have the id of another: numbered #2, .."
+            )
 
     def absent(self, name: str, path: Path, images: list[Path], records: int) -> None:
         """Count records without their image, or name them as a problem."""
@@ -411,7 +432,7 @@ class LlavaReader(Reader):
             raise InputError(f"{question.count('<image>')} <image> marks for image {image!r}")
         question = text_of(question.replace("<image>", ""), "question")
         answers = tuple(text_of(gold, "answer") for gold in golds)
-        further = tuple((text_of(q, "question"), text_of(a, "answer")) for q, a in further)
+        further = tuple((text_of(q, "later question"), text_of(a, "answer")) for q, a in further)
         if image is not None:
             image = self.find(text_of(image, "image path"), path)
         return image, question, answers, further

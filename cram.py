@@ -46,7 +46,7 @@ import plot
 from eval import SAVE_EVERY, Run
 from features import ClipFeatures, question_and_image
 from files import InputError, input_errors
-from model import LLaVA, seed_by
+from model import LLaVA, seed_by, write_state
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
 
@@ -450,7 +450,7 @@ def main(args):
 
     for t, stage in list(enumerate(stream.stages))[first:]:
         # Level 1: which group does the stage belong to? Its centroid is its mean image.
-        u, q = llava.over(stage.train, 64, features_of)
+        u, q = llava.over(stage.train, 64, features_of, "features of the stage")
         run.lap("features")
         if not begin:
             join_group(memory, u, q, args, len(names))
@@ -496,7 +496,7 @@ def main(args):
         begin = 0
 
         # The new expert is frozen.
-        llava.model.eval()
+        llava.eval()
         routing.buffer, routing.weights, routing.image_mask = False, None, None
         for name, value in freeze(layers, older, gamma, memory, args).items():
             costs.setdefault(name, []).append(value)
@@ -505,10 +505,10 @@ def main(args):
         run.test(t, partial(answer, llava, args, names, memory, routing, features_of))
         run.save((t + 1, 0), experts=experts_state(layers), memory=memory, costs=costs)
 
-    torch.save({"experts": experts_state(layers), "memory": memory}, run.folder / "experts.pt")
+    write_state(run.folder / "experts.pt", {"experts": experts_state(layers), "memory": memory})
     instructions = [stage.train[0].question.split("\n")[-1] for stage in stream.stages]
-    run.finish(**summary(layers, memory, run.facts, args), **costs, instructions=instructions)
-    print("figures:", plot.cram([run.folder]))
+    facts = summary(layers, memory, run.facts, args)
+    run.finish(plot.cram, **facts, **costs, instructions=instructions)
 
 
 if __name__ == "__main__":

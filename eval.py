@@ -26,6 +26,7 @@ in what they call Avg (HiDe-LLaVA averages per task first): compare definitions,
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -35,25 +36,29 @@ import shlex
 import subprocess
 import sys
 import time
+import zipfile
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from files import (
     InputError,
+    damaged,
     input_errors,
     jsonable,
+    lock,
     predictions_file,
+    progress,
     read_json,
     silent,
+    write_bytes,
     write_json,
     write_text,
 )
-from model import gather, processes, share_out
+from model import check_finite, gather, processes, share_out, write_state
 from scorers import caption_scores, score
 
 # ---- 1. One cell of the matrix: answer and score the test samples of one stage -------------------
@@ -76,7 +81,7 @@ def evaluate(answer, samples, metric, batch_size, title="test", whole=False):
     else:
         order = sorted(range(len(samples)), key=lambda k: -len(samples[k].question))
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        bar = tqdm(batches, desc=title, leave=False, disable=None)
+        bar = progress(batches, title)
         replies = share_out(lambda batch: answer([samples[k] for k in batch]), bar)
     rows = [None] * len(samples)
     notes = [None] * len(samples)
@@ -162,6 +167,7 @@ def paired(a, b) -> tuple[float, float, float, int]:
 
 REPOSITORY = Path(__file__).resolve().parent
 MAY_DIFFER = ("resume", "out", "plot")  # flags that do not change what is computed
+NOT_IN_THE_BAR = ("lr", "gradient_norm", "task", "distance", "weight", "phase")
 SAVE_EVERY = 100  # steps between two checkpoints inside a stage
 
 
@@ -174,9 +180,10 @@ class Run:
         predictions/    after-<t>-on-<i>.jsonl: the answers behind A[t, i], counted from 1
         facts.npz       what a method noted about every test question: "<t>-<i>-<name>" [N, ...]
         checkpoint.pt   the last state; --resume continues from it
+        figures/, report.html    what the run has shown
         summary.json    written last: marks the run as finished, and is its record
 
-    Under torchrun the first process alone writes.
+    `lock` keeps a second process out. Under torchrun the first process alone writes.
     """
 
     def __init__(self, args, stream, script):
@@ -185,6 +192,8 @@ class Run:
             sys.stdout = open(os.devnull, "w")
         self.folder = start_run(args, script)
         self.args, self.stages, self.novel = args, stream.stages, stream.novel or []
+        self.configuration = configuration(args, script)
+        self.plan, self.done = self.stages, 0  # what is trained one after the other; see `left`
         self.skipped = stream.skipped  # "stage split" -> records whose image is missing
         T = len(self.stages)
         self.matrix, self.matrix_novel = np.full((2, T, T), np.nan)
@@ -204,39 +213,69 @@ class Run:
     def resume(self):
         """The state that `save` wrote last, {} if there is none; the log is cut back to it."""
         path, state = self.folder / "checkpoint.pt", {}
+        log, facts = self.folder / "metrics.jsonl", self.folder / "facts.npz"
         if self.args.resume and path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            self.step, self.seconds = state["run_step"], state["seconds"]
-            self.matrix, self.matrix_novel = state["matrix"].numpy()
-            torch.set_num_threads(state["threads"])  # another number would round differently
-            set_random_state(state["random"])
-            facts = np.load(self.folder / "facts.npz") if state["facts"] else {}
-            self.facts = {key: facts[key] for key in state["facts"]}  # a kill may have left more
+            with damaged(path, "; start the run anew with another --out"):
+                if zipfile.ZipFile(path).testzip():  # torch does not look at its checksums
+                    raise ValueError("a checksum is wrong")
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                if state["configuration"] != self.configuration:
+                    raise ValueError("it belongs to another run")
+                self.step, self.seconds = state["run_step"], state["seconds"]
+                self.matrix, self.matrix_novel = state["matrix"].numpy()
+                torch.set_num_threads(state["threads"])  # another number would round differently
+                set_random_state(state["random"])
+            with damaged(facts, "; start the run anew with another --out"):
+                content = np.load(facts) if state["facts"] else {}
+                self.facts = {key: content[key] for key in state["facts"]}  # it may hold more
             print(f"resumed in stage {state['at'][0] + 1}, after {self.step} steps")
-        log = self.folder / "metrics.jsonl"  # a kill can tear its last line
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        elif self.args.resume:
+            print("no checkpoint yet: the run starts from the beginning")
+        with damaged(log, "; start the run anew with another --out"):
+            lines = log.read_text().splitlines(keepends=True) if self.step else []
+            for k, line in enumerate(lines[: self.step]):  # a kill can tear what comes after
+                if json.loads(line)["step"] != k + 1:
+                    raise ValueError(f"line {k + 1} is not of this step")
+            if len(lines) < self.step:
+                raise ValueError(f"{len(lines)} lines for {self.step} steps")
         write_text(log, "".join(lines[: self.step]))
         self.lap("start")
         return state
 
     def save(self, at, optimizer=None, **state):
-        """Write a checkpoint, whole or not at all. at: (stage, step inside it) to continue from."""
+        """Write a checkpoint, whole or not at all. at: (stage, step inside it) to continue from.
+
+        InputError, and no checkpoint, if what is trained is no longer finite.
+        """
         if optimizer:
+            check_finite(p for group in optimizer.param_groups for p in group["params"])
             state["optimizer"] = optimizer.state_dict()
         state |= {"at": at, "run_step": self.step, "seconds": self.seconds}
         state |= {"matrix": torch.tensor(np.stack([self.matrix, self.matrix_novel]))}
         state |= {"threads": torch.get_num_threads(), "random": random_state()}
-        state |= {"facts": list(self.facts)}
-        if not silent():
-            torch.save(state, self.folder / "checkpoint.part")
-            os.replace(self.folder / "checkpoint.part", self.folder / "checkpoint.pt")
+        state |= {"facts": list(self.facts), "configuration": self.configuration}
+        write_state(self.folder / "checkpoint.pt", state)
         self.lap("saving")
 
     def steps(self, t, total, begin=0, title=""):
-        """The numbers of a stage's steps that are still to do, behind a progress bar."""
-        title = f"stage {t + 1}/{len(self.stages)} {title or self.stages[t].name}"
-        self.bar = tqdm(range(begin, total), title, total, initial=begin, disable=None)
+        """The numbers of the steps of plan[t] that are still to do, behind a progress bar."""
+        title = f"stage {t + 1}/{len(self.plan)} {title or self.plan[t].name}"
+        self.before = self.step - begin  # steps before this stage
+        options = {"total": total, "initial": begin, "leave": True}
+        self.bar = progress(range(begin, total), title, **options)
         return self.bar
+
+    def left(self, t):
+        """The time that the whole run still needs, in words: as long for a sample, trained or
+        tested, as so far."""
+        T, last = len(self.stages), len(self.plan) - 1
+        train = [len(stage.train) * stage.epochs for stage in self.plan]
+        test = [len(stage.test) for stage in self.stages]
+        test = [sum(test[: k + 1 if last else T]) for k in range(last + 1)]
+        done = sum(train[:t] + test[:t]) + train[t] * (self.step - self.before) / self.bar.total
+        self.done = max(self.done, done, 1)  # two halves of a stage both count from 0
+        left = sum(self.seconds.values()) * (sum(train + test) / self.done - 1)
+        return f"{left / 60:.0f} min" if left > 60 else f"{left:.0f} s"
 
     def log(self, t, **values):
         """A line of metrics.jsonl. InputError if the loss is not finite; the checkpoint stays."""
@@ -244,15 +283,16 @@ class Run:
         if not math.isfinite(values["loss"] + values["gradient_norm"]):
             raise InputError(
                 f"step {self.step}: loss {values['loss']}, gradient norm {values['gradient_norm']};"
-                f" stopped. The last checkpoint stays in {self.folder}; try a lower --lr (now "
+                f" stopped, {self.folder} keeps what was there before; try a lower --lr (now "
                 f"{self.args.lr}) with another --out"
             )
         line = jsonable({"step": self.step, "stage": t + 1, **values})
         if not silent():
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        self.bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
         self.lap(values.get("phase", "train"))
+        parts = [f"{key} {x:.3f}" for key, x in values.items() if key not in NOT_IN_THE_BAR and x]
+        self.bar.set_postfix_str(f"{', '.join(parts)}; {self.left(t)} left in all", refresh=False)
 
     def test(self, t, answer, whole=False):
         """Fill row t of the matrix: answer(samples) on every stage seen so far; see `evaluate`.
@@ -272,18 +312,22 @@ class Run:
         content |= {"scorers": [stage.metric for stage in self.stages]}
         write_json(self.folder / "matrix.json", content)
         gather(None)  # under torchrun: from here on every process can read these files
-        print(f"after {self.stages[t].name}: " + " ".join(map(show, self.matrix[t, : t + 1])))
+        scores = [f"{stage.name} {show(x)}" for stage, x in zip(self.stages, self.matrix[t])]
+        mean = show(np.mean(self.matrix[t, : t + 1]))
+        print(f"after {self.stages[t].name}: mean {mean} | {', '.join(scores[: t + 1])}")
         self.lap("evaluation")
 
     def note(self, **facts):
         """Add arrays to facts.npz."""
         self.facts |= facts
-        if self.facts and not silent():
-            np.savez(self.folder / "facts.part.npz", **self.facts)
-            os.replace(self.folder / "facts.part.npz", self.folder / "facts.npz")
+        if self.facts:
+            content = io.BytesIO()
+            np.savez(content, **self.facts)
+            write_bytes(self.folder / "facts.npz", content.getbuffer())
 
-    def finish(self, **facts):
-        """Print the result and write the record; torchrun's other processes end here."""
+    def finish(self, draw, **facts):
+        """Print the result, draw the figures, write report and record; torchrun's other processes
+        end here. draw: a function of plot.py."""
         if silent():
             raise SystemExit(0)
         names = [stage.name for stage in self.stages]
@@ -300,6 +344,7 @@ class Run:
         facts |= read_run(self.folder)
         if captions := all_caption_scores(self.folder, facts):
             facts["captions"] = captions
+        print("figures:", draw([facts | {"folder": self.folder}]))
         write_json(self.folder / "summary.json", facts)
         print("seconds: " + ", ".join(f"{k} {value:.1f}" for k, value in self.seconds.items()))
         print(f"peak memory {facts['peak_memory_mb']:,.0f} MB; everything is in {self.folder}")
@@ -336,36 +381,45 @@ def versions():
     return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
 
 
+def configuration(args, script):
+    """What must not change in a run, as JSON: its script and the flags that change numbers."""
+    flags = {key: value for key, value in vars(args).items() if key not in MAY_DIFFER}
+    return jsonable(flags | {"script": script})
+
+
 def start_run(args, script):
     """Make the run folder (args.out or runs/SCRIPT-STREAM-SEED) with its args.json; return it.
 
     A finished run says so and ends the program. InputError: the folder holds another configuration,
-    an unfinished run and --resume is off, or files that are no run; or --resume finds no run. A
-    folder with args.json alone, left by a start that went wrong, is taken over.
+    an unfinished run and --resume is off, or files that are no run; another process has it; or
+    --resume finds no run. What a start that went wrong has left, args.json alone, is taken over.
     """
     run = Path(args.out or f"runs/{script}-{Path(args.stream).resolve().name}-{args.seed}")
     if silent():
         return run
-    now = jsonable({key: value for key, value in vars(args).items() if key not in MAY_DIFFER})
-    now |= {"script": script, "commit": git_commit(), "command": shlex.join(["python", *sys.argv])}
-    began = run.is_dir() and {path.name for path in run.iterdir()} != {"args.json"}
-    if (run / "args.json").is_file() and (began or args.resume):
-        return _existing_run(run, now, args.resume)
-    if args.resume:
-        raise InputError(f"--resume: no run in {run}; start without --resume, or correct --out")
+    now = configuration(args, script)
+    now |= {"commit": git_commit(), "command": shlex.join(["python", *sys.argv])}
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        if began and any(run.iterdir()):
+        inside = {path.name for path in run.iterdir()} if run.exists() else set()
+        inside = {name for name in inside if name != "lock" and not name.endswith(".part")}
+        if "args.json" in inside and (args.resume or len(inside) > 1):
+            lock(run)
+            return _existing_run(run, now, args.resume)
+        if args.resume:
+            raise InputError(f"--resume: no run in {run}; start without --resume, or correct --out")
+        if inside - {"args.json"}:
             raise InputError(f"{run} holds files that are no run: choose another --out")
+        run.mkdir(parents=True, exist_ok=True)
+        lock(run)
         write_json(run / "args.json", now)
     except OSError as error:
-        raise InputError(f"--out {run}: cannot make this folder ({error.strerror})") from None
+        raise InputError(f"--out {run}: cannot use this folder ({error.strerror})") from None
     return run
 
 
 def _existing_run(run, now, resume):
     """start_run for a folder that holds a run already; now: its args.json as it would be today."""
-    was = read_json(run / "args.json")
+    was = read_json(run / "args.json", dict)
     for key in sorted((was.keys() | now.keys()) - {"commit", "command"}):
         old, new = was.get(key, "absent"), now.get(key, "absent")
         if old != new:
@@ -380,8 +434,9 @@ def _existing_run(run, now, resume):
         raise SystemExit(int(processes()[1] > 1))  # under torchrun the others would wait
     if not resume:
         raise InputError(f"{run} holds an unfinished run: add --resume or choose another --out")
-    if now["commit"] not in was["commit"]:  # two versions of the code
-        write_json(run / "args.json", was | {"commit": f"{was['commit']}, then {now['commit']}"})
+    before = str(was.get("commit"))
+    if now["commit"] not in before:  # two versions of the code
+        write_json(run / "args.json", was | {"commit": f"{before}, then {now['commit']}"})
     return run
 
 
@@ -407,18 +462,40 @@ def write_predictions(run, trained, tested, rows):
 
 
 def read_run(folder):
-    """The record of a run: its summary.json, or what there is of an unfinished run."""
+    """The record of a run: its summary.json, or what there is of an unfinished run.
+
+    InputError if this is no run folder, or if its matrix does not fit its stages.
+    """
     folder = Path(folder)
     if not (folder / "args.json").is_file():
         raise InputError(f"{folder} is no run folder: there is no args.json in it")
-    if (folder / "summary.json").is_file():
-        return read_json(folder / "summary.json")
-    if not (folder / "matrix.json").is_file():
+    finished = (folder / "summary.json").is_file()
+    if not finished and not (folder / "matrix.json").is_file():
         raise InputError(f"{folder} has no matrix.json: its first stage is not finished")
-    args, results = read_json(folder / "args.json"), read_json(folder / "matrix.json")
-    record = {key: args.pop(key) for key in ("script", "commit", "command")}
-    record |= {"args": args, "stream": args["stream"], "seed": args["seed"]}
-    return record | results | {"metrics": metrics(results["matrix"])}
+    if finished:
+        record = read_json(folder / "summary.json", dict)
+    else:
+        record = read_json(folder / "matrix.json", dict)
+    with damaged(folder):
+        if not finished:
+            args = read_json(folder / "args.json", dict)
+            record |= {key: args.pop(key) for key in ("script", "commit", "command")}
+            record |= {"args": args, "stream": args["stream"], "seed": args["seed"]}
+        check_record(record)
+        return record | {"metrics": metrics(record["matrix"])}
+
+
+def check_record(record):
+    """Raise ValueError, KeyError or TypeError unless the record is one of T stages."""
+    stages, matrix = record["stages"], np.array(record["matrix"], dtype=float)
+    T = len(stages)
+    if not T or matrix.shape != (T, T) or len(record["scorers"]) != T:
+        raise ValueError(f"{T} stages, but the matrix is {matrix.shape}")
+    if not all(isinstance(name, str) for name in [*stages, record["script"], record["stream"]]):
+        raise TypeError("a name of script, stream or stage is no text")
+    if not all(math.isnan(x) or 0 <= x <= 100 for x in matrix.flat):
+        raise ValueError("an accuracy is not between 0 and 100")
+    float(record.get("seconds", 0)), record["args"]["seed"], record["seed"]
 
 
 def all_caption_scores(run, record):
@@ -430,18 +507,19 @@ def all_caption_scores(run, record):
 
 
 def rescore(run):
-    """Score saved predictions again; a sentence for each cell that differs from matrix.json."""
-    saved = read_json(Path(run) / "matrix.json")
-    matrix = np.array(saved["matrix"], dtype=float)
+    """Score saved predictions again; a sentence for each cell of its record that differs."""
+    record = read_run(run)
+    matrix = np.array(record["matrix"], dtype=float)
     wrong = []
     for t, i in np.argwhere(np.isfinite(matrix)).tolist():
-        rows = read_json(predictions_file(run, t, i))
-        scorer = saved["scorers"][i]
-        rows = [r | {"score": score(scorer, r["text"], r["answers"], r)} for r in rows]
-        again = accuracy(rows, scorer)
+        path, scorer = predictions_file(run, t, i), record["scorers"][i]
+        rows = read_json(path, list)
+        with damaged(path):
+            rows = [r | {"score": score(scorer, r["text"], r["answers"], r)} for r in rows]
+            again = accuracy(rows, scorer)
         if abs(again - matrix[t, i]) > 1e-9:
-            cell = f"{run}: after stage {t + 1} on task {i + 1} ({saved['stages'][i]})"
-            wrong.append(f"{cell} the predictions give {again:.4f}, matrix.json {matrix[t, i]:.4f}")
+            cell = f"{run}: after stage {t + 1} on task {i + 1} ({record['stages'][i]})"
+            wrong.append(f"{cell} the predictions give {again:.4f}, the record {matrix[t, i]:.4f}")
     return wrong
 
 

@@ -1,4 +1,4 @@
-"""Files that survive a kill, a full disk and a flipped bit, and errors that are one sentence.
+"""What a script needs of the machine: errors, files that survive a kill, bars of progress.
 
 input_errors       at the bottom of every script: what goes wrong ends as one sentence
 damaged            around whatever reads a file that may be broken
@@ -6,6 +6,7 @@ read_json          the content of a file, or an InputError that names it
 write_bytes, ...   a whole file or nothing
 lock               a run folder belongs to one process
 predictions_file   where a run keeps the answers behind a cell of its accuracy matrix
+progress           a bar; a line a minute in a log file
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -64,15 +66,17 @@ def go_on() -> str:
 
 
 @contextlib.contextmanager
-def damaged(what):
+def damaged(what, advice=""):
     """Around code that reads `what`: whatever it raises becomes an InputError that names it."""
     try:
         yield
     except InputError:
         raise
+    except FileNotFoundError as error:
+        raise InputError(f"missing file {error.filename}") from error
     except Exception as error:  # broken content can raise nearly anything inside a library
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"{what} is damaged, or of another version: {reason}") from error
+        raise InputError(f"{what} is damaged, or of another version: {reason}{advice}") from error
 
 
 def lock(folder: Path) -> None:
@@ -165,3 +169,25 @@ def jsonable(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return str(value) if isinstance(value, Path) else value
+
+
+# ---- 4. Progress ---------------------------------------------------------------------------------
+
+
+class progress(tqdm):
+    """A bar on stderr; where that is no terminal but a file, a line a minute instead."""
+
+    def __init__(self, items, title, **options):
+        self.terminal = sys.stderr.isatty()
+        times = {} if self.terminal else {"delay": 60, "mininterval": 60, "maxinterval": 60}
+        super().__init__(items, title, disable=silent(), **{"leave": False} | times | options)
+
+    def display(self, *words, **values):
+        if self.terminal:
+            super().display(*words, **values)
+        else:
+            print(self, file=sys.stderr, flush=True)
+
+    def close(self):
+        self.disable |= not self.terminal  # in a file there is no bar to take away
+        super().close()

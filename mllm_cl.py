@@ -44,7 +44,7 @@ import data
 import plot
 from benchmarks import LETTERS
 from eval import SAVE_EVERY, Run, accuracy, evaluate, grid, read_run, set_random_state, show
-from files import InputError, input_errors
+from files import InputError, input_errors, progress
 from model import LLaVA, read_lora, seed_by, share_out
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
@@ -86,11 +86,11 @@ def check(args, stream):
     """InputError if the router lacks letters or descriptions, or --experts has other settings."""
     if len(stream.stages) > len(LETTERS):
         raise InputError(f"{len(stream.stages)} tasks, but only {len(LETTERS)} letters: use fewer")
-    nameless = [s.name for s in stream.stages if not stream.descriptions.get(s.name)]
+    nameless = [s.name for s in stream.stages if s.name not in stream.descriptions]
     if args.router in ("mllm", "generate") and nameless:
-        raise InputError(
-            f"task {nameless[0]} has no description for the router: add "
-            f'"descriptions" to {stream.root}/stream.json'
+        print(
+            f"note: the router knows {', '.join(nameless)} by name only: one line each under "
+            f'"descriptions" in {stream.root}/stream.json would tell it more'
         )
     if args.experts:
         record = read_run(args.experts)
@@ -279,7 +279,11 @@ def choose(llava, team, args, samples):
     if E == 1:
         return np.ones((N, 1))
     if args.router == "prototype":
-        features = llava.over(samples, 64, lambda batch: [frozen_features(llava, batch)])[0]
+
+        def look(batch):
+            return [frozen_features(llava, batch)]
+
+        features = llava.over(samples, 64, look, "routing")[0]
         likeness = F.normalize(features) @ F.normalize(torch.stack(team.prototypes)).T  # [N, E]
         return (20 * likeness).softmax(1).numpy()
     llava.load_lora(team.router)
@@ -301,7 +305,7 @@ def choose(llava, team, args, samples):
         return rows, words.count(None) if args.router == "generate" else 0
 
     probability, batches = np.zeros((N, E)), by_length(prompts, args.eval_batch_size)
-    for order, (rows, failures) in zip(batches, share_out(ask, batches)):
+    for order, (rows, failures) in zip(batches, share_out(ask, progress(batches, "routing"))):
         probability[order] = rows
         team.cost["failures"] += failures
     team.cost["router_passes"] += N
@@ -323,7 +327,8 @@ def answer(llava, team, args, run, samples):
             continue
         llava.load_lora(team.experts[k])
         batches = [[new[n] for n in order] for order in by_length(new, args.eval_batch_size)]
-        for batch, texts in zip(batches, share_out(llava.answer, batches)):
+        bar = progress(batches, f"answers of expert {team.names[k]}")
+        for batch, texts in zip(batches, share_out(llava.answer, bar)):
             team.answers |= {(s.stage, s.id, k): text for s, text in zip(batch, texts)}
         team.cost["generations"] += len(new)
     notes = [{"choice": k, "probability": row} for k, row in zip(choice, probability)]
@@ -374,7 +379,7 @@ def main(args):
     data.show_sample(stream.stages[0].train[0], llava.processor, args.system)
 
     names = [stage.name for stage in stream.stages]
-    team = Team(names, [stream.descriptions.get(name, "") for name in names])
+    team = Team(names, [stream.descriptions.get(name, name) for name in names])
     first, half, begin = 0, 0, 0  # the stage, its half and the step to start from
     if state := run.resume():
         first, half, begin = state["at"]
@@ -409,6 +414,7 @@ def main(args):
                 if (k + 1) % SAVE_EVERY == 0:
                     run.save((t, h, k + 1), optimizer, lora=llava.lora_state(), **team.state())
             begin = 0
+            llava.eval()
             if phase == "expert":
                 keep_expert(llava, team, stage, run, args)
                 run.save((t, 1, 0), **team.state())
@@ -419,15 +425,13 @@ def main(args):
         half = 0
 
         # Test on all stages seen so far; the router's choices are kept for the figures.
-        llava.model.eval()
         run.test(t, partial(answer, llava, team, args, run), whole=True)
         run.note(**{f"{t + 1}-{t + 1}-picture": data.thumbnails(stage.test[:2], 96)})
         run.save((t + 1, 0, 0), **team.state())
 
     print(f"generated and routed: {dict(team.cost)}")
     facts = cross(llava, team, stream.stages, run) if args.cross else {}
-    run.finish(**summary(run, team, lora), **facts)
-    print("figures:", plot.mllm_cl([run.folder]))
+    run.finish(plot.mllm_cl, **summary(run, team, lora), **facts)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ V vocabulary.
 """
 
 import atexit
+import hashlib
+import io
 import json
 import os
 import random
@@ -29,7 +31,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
 from transformers import AutoImageProcessor, AutoProcessor
 from transformers import LlavaForConditionalGeneration as Llava
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -37,7 +40,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from attention import one_pass_per_block
 from data import TARGETS, Collator, text_config
 from features import FeatureCache
-from files import InputError
+from files import InputError, damaged, progress, write_bytes, write_json
 
 # ---- 1. LLaVA ------------------------------------------------------------------------------------
 
@@ -119,7 +122,7 @@ class LLaVA:
         return batches
 
     @torch.no_grad()
-    def over(self, samples, size, look):
+    def over(self, samples, size, look, title="looking at the samples"):
         """look(batch) -> tensors [B, ...] for all samples in order, `size` at a time: a list of
         tensors [N, ...] on the CPU. Eval mode, no gradient; torchrun's processes share the work."""
         self.model.eval()
@@ -128,7 +131,7 @@ class LLaVA:
             batch = self.batch(samples[start : start + size], train=True)
             return [x.cpu() for x in look(batch)]
 
-        columns = zip(*share_out(look_at, range(0, len(samples), size)))
+        columns = zip(*share_out(look_at, progress(range(0, len(samples), size), title)))
         return [torch.cat(column) for column in columns]
 
     @torch.no_grad()
@@ -161,6 +164,11 @@ class LLaVA:
         logs = gather(log)  # that of a process without a micro-batch is empty
         names = dict.fromkeys(name for other in logs for name in other)
         return {name: sum(other.get(name, 0) for other in logs) for name in names}
+
+    def eval(self):
+        """Training is over: eval mode. InputError if it has left a weight that is not finite."""
+        check_finite(p for p in self.model.parameters() if p.requires_grad)
+        self.model.eval()
 
     # ---- forward and generate --------------------------------------------------------------------
 
@@ -230,12 +238,15 @@ class LLaVA:
         """A fresh adapter on the layers args.targets, replacing an earlier one; returns its
         parameters, layer after layer. A is drawn from torch's global generator.
 
-        kind: a class like LoRALinear, which is the default; `options` go to it.
+        kind: a class like LoRALinear, which is the default; `options` go to it. InputError if the
+        rank is larger than a layer has inputs or outputs.
         """
         kind, first, self.layers = kind or LoRALinear, not self.layers, {}
         for path in target_paths(self.model, args.targets.split(",")):
             base = self.model.get_submodule(path)
             base = getattr(base, "base", base)  # an earlier adapter is taken off
+            if args.rank > min(base.weight.shape):
+                raise InputError(f"--rank {args.rank}: {path} has only {min(base.weight.shape)}")
             layer = kind(base, args.rank, args.alpha, args.dropout, **options)
             self.model.set_submodule(path, layer.train(self.model.training))
             self.layers[path] = layer
@@ -265,19 +276,16 @@ class LLaVA:
 
     @torch.no_grad()
     def load_lora(self, state):
-        """Copy a lora_state into the adapter. ValueError unless it has exactly these layers."""
-        if self.lora_state().keys() != state.keys():
-            raise ValueError("the adapter and the state to load sit on different layers")
+        """Copy a lora_state into the adapter. InputError unless it has exactly these layers."""
+        if {k: x.shape for k, x in self.lora_state().items()} != {k: state[k].shape for k in state}:
+            raise InputError("the adapter and the one to load have other layers, or other ranks")
         for path, layer in self.layers.items():
             for name, p in layer.named_parameters(recurse=False):
                 p.copy_(state[f"{path}.lora_{name}.weight"])
 
     def save_lora(self, folder, state=None):
         """Write the adapter (or a lora_state) as peft does: PeftModel.from_pretrained reads it."""
-        if processes()[0]:
-            return
         folder, layer = Path(folder), next(iter(self.layers.values()))
-        folder.mkdir(parents=True, exist_ok=True)
         state = self.lora_state() if state is None else state
         rank = len(next(iter(state.values())))
         config = {
@@ -290,9 +298,9 @@ class LLaVA:
             "bias": "none",
             "inference_mode": True,
         }
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(folder / "adapter_config.json", config)
         tensors = {PEFT + key: value for key, value in state.items()}
-        save_file(tensors, folder / "adapter_model.safetensors")
+        write_tensors(folder / "adapter_model.safetensors", tensors)
 
 
 # ---- 2. LoRA (Hu et al. 2021, arXiv 2106.09685) --------------------------------------------------
@@ -348,16 +356,45 @@ def target_paths(model, targets):
 
 
 def read_lora(folder):
-    """The lora_state that save_lora (or peft) has written. InputError if there is no plain LoRA."""
-    try:
+    """The lora_state that save_lora (or peft) has written. InputError if there is no plain LoRA, or
+    if a bit has changed since."""
+    with damaged(f"the adapter in {folder}"):
         config = json.loads((Path(folder) / "adapter_config.json").read_text())
-        state = load_file(Path(folder) / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no LoRA could be read: {_first_line(error)}") from error
+        with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}
+            if digest(state) != (file.metadata() or {}).get("sha256", digest(state)):
+                raise ValueError("its checksum is wrong")
     special = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
     if any(".lora_" not in key for key in state) or any(config.get(key) for key in special):
         raise InputError(f"{folder}: this adapter is more than a plain LoRA of one rank")
     return {key.removeprefix(PEFT): value for key, value in state.items()}
+
+
+def write_tensors(path, tensors):
+    """A safetensors file with a digest, as the format has no checksum."""
+    write_bytes(path, to_safetensors(tensors, {"sha256": digest(tensors)}))
+
+
+def digest(tensors):
+    """SHA-256 of the names, types, shapes and bytes of a dict of CPU tensors."""
+    total = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        total.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
+        total.update(x.contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def write_state(path, state):
+    """torch.save, the whole file or nothing."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_bytes(path, content.getbuffer())
+
+
+def check_finite(parameters):
+    """InputError if a parameter is nan or infinite."""
+    if not all(p.isfinite().all() for p in parameters):
+        raise InputError("training has left weights that are not finite: try a lower --lr")
 
 
 # ---- 3. Loading; several GPUs: torchrun --nproc_per_node N asr.py ... --accumulate N -------------

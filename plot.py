@@ -41,7 +41,10 @@ def read_runs(folders, path, needed="matrix"):
     A label is the method and the flags in which the given runs of this method differ; a record gets
     its "folder". InputError: a record lacks the key `needed`, or the stages of the runs differ.
     """
-    records = [read_run(folder) | {"folder": Path(folder)} for folder in folders]
+    records = [
+        folder if isinstance(folder, dict) else read_run(folder) | {"folder": Path(folder)}
+        for folder in folders
+    ]
     for record in records:
         if needed not in record:
             raise InputError(f"{record['folder']}: no {needed!r} in its record; is it finished?")

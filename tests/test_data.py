@@ -1,5 +1,6 @@
 """data.py and benchmarks.py: readers, groups, orders, prompts, loss masks, and bad input."""
 
+import argparse
 import hashlib
 import json
 from collections import Counter
@@ -38,7 +39,9 @@ def parse(*words):
 
 
 def load(*words):
-    return data.load_stream(parse(*words))
+    args = parse(*words)
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    return data.load_stream(argparse.Namespace(**vars(args) | data.TINY | given))
 
 
 def categories(one, two):
@@ -161,15 +164,13 @@ def test_training_answer_follows_the_scores_and_not_the_seed(vqa, capsys):
 
 
 def test_folder_in_llava_layout(llava):
-    args = parse("--stream", llava)
-    stream = data.load_stream(args)
+    stream = load("--stream", llava)
     assert [stage.name for stage in stream.stages] == ["stage2", "stage10"]
     assert stream.name == "own" and stream.stages[0].metric == "exact"
     train, test = stream.stages[0].train[0], stream.stages[0].test[0]
     assert (train.id, train.question, train.answers) == ("stage2-0", "What is 0?", ("A cat",))
     assert train.image == llava / "stage2" / "images" / "0.png" and train.skill == "stage2"
     assert (test.id, test.question, test.answer) == ("t-0", "What is 0?", "A cat")
-    assert not hasattr(args, "drawn_sha256")
 
 
 def test_stream_json_optional_fields_and_links(llava, tmp_path):
@@ -603,7 +604,7 @@ def test_defaults_follow_stream_and_model(model_folder, capsys):
     for stream in [*data.STREAMS, "my/folder"]:
         args = defaults("--stream", stream, "--model", tiny)
         assert (args.imbalance == 10.0) == (stream == "clt-vqa")
-    assert args.lr == data.TINY["lr"] and args.targets == "q,v,gate,up,down"
+    assert (args.lr, args.epochs) == (2e-3, None) and args.targets == "q,v,gate,up,down"
 
 
 def test_faulty_models(model_folder, tmp_path):

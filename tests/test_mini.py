@@ -65,8 +65,9 @@ def test_streams_are_deterministic_and_read_like_released_ones(name, tmp_path, m
         else:
             (streams.draw_domains if name == "domains" else streams.draw_vqa)(rng, folder, 0.02)
     assert streams.digest(tmp_path / "first") == streams.digest(folder)
-    args = data.common_flags("test", "").parse_args(["--stream", name, "--data", str(folder)])
-    stages = data.load_stream(args).stages
+    parser = data.common_flags("test", "")
+    parser.set_defaults(**data.TINY)
+    stages = data.load_stream(parser.parse_args(["--stream", name, "--data", str(folder)])).stages
     assert [stage.name for stage in stages] == list(data.STREAMS[name].stages)
     for stage in stages:
         assert len(stage.train) > 1 and len(stage.test) > 1

@@ -217,7 +217,7 @@ def test_an_adapter_begins_as_the_base_can_be_replaced_and_switched_off(llava, s
     assert not torch.equal(llava.forward(batch).logits, one)
     llava.load_lora(state)
     assert torch.equal(llava.forward(batch).logits, one) and not torch.equal(one, bare)
-    with pytest.raises(ValueError, match="different layers"):
+    with pytest.raises(InputError, match="other layers"):
         llava.load_lora(states[0])
     with pytest.raises(InputError, match="banana"):
         llava.add_lora(settings("q,banana"))
@@ -244,7 +244,7 @@ def test_we_read_an_adapter_of_peft(llava, samples, tmp_path):
     llava.add_lora(settings("k,down", rank=3, alpha=7))
     llava.load_lora(read_lora(tmp_path))
     close(llava.forward(batch).logits, theirs.forward(batch).logits)
-    with pytest.raises(InputError, match="no LoRA could be read"):
+    with pytest.raises(InputError, match="missing file .*adapter_config.json"):
         read_lora(tmp_path / "missing")
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))

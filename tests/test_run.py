@@ -45,7 +45,9 @@ def finished(out, **kind):
         run.log(t, loss=0.5, gradient_norm=1.0)
         run.test(t, answer)
         run.save((t + 1, 0))
-    run.finish(drift=np.float32(0.5), skills=[Path("x"), np.int64(3), float("nan")])
+    run.finish(
+        lambda records: None, drift=np.float32(0.5), skills=[Path("x"), np.int64(3), float("nan")]
+    )
     return run.folder
 
 
@@ -96,7 +98,7 @@ def test_folders_that_cannot_be_a_run(tmp_path):
     (tmp_path / "notes/thesis.txt").write_text("precious")
     for out, resume, message in (
         ("notes", False, "files that are no run"),
-        ("notes/thesis.txt", False, "cannot make this folder"),
+        ("notes/thesis.txt", False, "cannot use this folder"),
         ("new", True, "--resume: no run in"),
     ):
         with pytest.raises(InputError, match=message):
