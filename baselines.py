@@ -52,6 +52,16 @@ from model import LLaVA, LoRALinear, seed_by, to_device, write_tensors
 
 FISHER_SAMPLES = 100  # of a stage, that ewc measures F on
 LWF_TEMPERATURE = 2.0  # answers are compared as softmax(logits / T)
+# flag -> the method that reads it, its default at full size and for a tiny model
+OWN_FLAGS = {
+    "buffer": ("replay", 20, 20),
+    "ewc_lambda": ("ewc", 10.0, 10.0),
+    "lwf_lambda": ("lwf", 0.25, 1.0),
+    "olora_lambda": ("olora", 0.5, 0.05),
+    "experts": ("moelora", 8, 8),
+    "hide_temperature": ("hide", 0.1, 0.03),
+    "hide_sum": ("hide", math.inf, 2.0),
+}
 
 
 def parse(argv=None):
@@ -59,11 +69,11 @@ def parse(argv=None):
     parser = data.common_flags("baselines.py", __doc__.split("\n")[0])
     add = parser.add_argument_group("baseline").add_argument
     add("--method", default="sequential", choices=list(METHODS), help="(default: sequential)")
-    add("--buffer", type=data.count, default=20, help="replay: samples per stage (default: 20)")
-    add("--ewc_lambda", type=data.weight, default=10.0, help="weight of the penalty (default: 10)")
+    add("--buffer", type=data.count, help="replay: samples per stage (default: 20)")
+    add("--ewc_lambda", type=data.weight, help="weight of the penalty (default: 10)")
     add("--lwf_lambda", type=data.weight, help="weight of distillation (default: 0.25; tiny 1)")
     add("--olora_lambda", type=data.weight, help="weight of |A_i A_t^T| (default: 0.5; tiny 0.05)")
-    add("--experts", type=data.count, default=8, help="moelora: they share the rank (default: 8)")
+    add("--experts", type=data.count, help="moelora: they share the rank (default: 8)")
     add("--hide_temperature", type=data.positive, help="last layer (default: 0.1; tiny 0.03)")
     add("--hide_sum", type=data.endless, help="n LoRAs count min(1, W / n) (default: inf; tiny 2)")
     add("--blind", action="store_true", help="also test with black images")
@@ -71,11 +81,11 @@ def parse(argv=None):
     if args.plot:
         return args
     tiny = data.is_tiny(args.model)
-    defaults = {"lwf_lambda": (0.25, 1.0), "olora_lambda": (0.5, 0.05)}
-    defaults |= {"hide_temperature": (0.1, 0.03), "hide_sum": (math.inf, 2.0)}
-    for name, values in defaults.items():
+    for name, (method, *values) in OWN_FLAGS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[tiny])
+        elif method != args.method:
+            raise InputError(f"--{name} belongs to --method {method}: {args.method} ignores it")
     args = data.resolve_defaults(args)
     if args.method == "moelora" and args.rank % args.experts:
         raise InputError(f"cannot divide --rank {args.rank} by --experts {args.experts}")

@@ -24,6 +24,7 @@ import json
 import os
 import random
 import re
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from safetensors.torch import save as to_safetensors
 from transformers import AutoImageProcessor, AutoProcessor
 from transformers import LlavaForConditionalGeneration as Llava
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.logging import disable_progress_bar
 
 from attention import one_pass_per_block
 from data import TARGETS, Collator, text_config
@@ -408,6 +410,8 @@ def load_llava(name, device="cpu", dtype=None):
     """
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     text_config(str(name))  # reads config.json alone: is this a LLaVA at all?
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of transformers, which would fill a log file
     try:
         # use_safetensors: a pickled checkpoint could run code while it is read.
         model, report = Llava.from_pretrained(
