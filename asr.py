@@ -286,17 +286,6 @@ def skill_posterior(samples, t, args, skills, parser=None, questions=None, learn
     return pi * torch.tensor([[sample.image is not None] for sample in samples])
 
 
-def say_what_is_held(name, pi, memory):
-    """Print the share of a stage's posterior on skills with a prototype: L_spec holds no other."""
-    share = float((pi * (memory["count"] > 0)).sum(1).mean())
-    print(f"{name}: {100 * share:.1f}% of the skills that its questions need have a prototype")
-    if share < 0.02:
-        print(
-            "note: L_spec has next to nothing to hold in this stage. What would change that: the same "
-            '"skill" in records of different stages that ask for the same, or --skills shared'
-        )
-
-
 def update_parser(parser, questions, samples, skills):
     """Take questions [N, width] into the running means of their skills, "centroid" [S, width]."""
     if not parser:
@@ -519,8 +508,6 @@ def main(args):
             reference = reference_embeddings(llava, stage.train, args)
             run.lap("reference")
         beta = args.beta if memory and memory["count"].any() else 0.0  # nothing to protect at first
-        if beta:
-            say_what_is_held(stage.name, pi, memory)
 
         # Train. A step is a few micro-batches; each adds its share to the gradient.
         steps = data.steps_of(stage, args)
@@ -560,8 +547,7 @@ def main(args):
     trained = sum(p.numel() for p in lora)
     stored = sum(x.numel() for x in [*memory.values(), *parser.values()])
     facts = {"trainable_parameters": trained, "stored_parameters": trained + stored}
-    facts |= {"drift": plot.drift(run.folder), "skills": skills if args.beta else []}
-    run.finish(plot.asr, **facts)
+    run.finish(plot.asr, drift=plot.drift(run.folder), skills=skills if args.beta else [], **facts)
 
 
 if __name__ == "__main__":

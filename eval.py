@@ -30,15 +30,12 @@ import io
 import json
 import math
 import os
-import re
-import resource
 import shlex
 import subprocess
 import sys
 import time
 import zipfile
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +47,12 @@ from files import (
     input_errors,
     jsonable,
     lock,
+    peak_memory,
     predictions_file,
     progress,
     read_json,
     silent,
+    versions,
     write_bytes,
     write_json,
     write_text,
@@ -363,22 +362,6 @@ def set_random_state(states):
     torch.set_rng_state(states[0])
     if states[1:]:
         torch.cuda.set_rng_state(states[1])
-
-
-def peak_memory():
-    """The most memory in use so far, in MB: of the GPU if one was used, else of this process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 1e6
-    if sys.platform == "linux":  # getrusage there counts the process that started this one too
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
-
-
-def versions():
-    """Of Python and the packages that numbers depend on."""
-    packages = ("torch", "transformers", "numpy", "pillow")
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
 
 
 def configuration(args, script):

@@ -2,11 +2,11 @@
 
 input_errors       at the bottom of every script: what goes wrong ends as one sentence
 damaged            around whatever reads a file that may be broken
-read_json          the content of a file, or an InputError that names it
+read_json          the content of a file, or an InputError that names it; load_image: its pixels
 write_bytes, ...   a whole file or nothing
 lock               a run folder belongs to one process
 predictions_file   where a run keeps the answers behind a cell of its accuracy matrix
-progress           a bar; a line a minute in a log file
+progress           a bar; a line a minute in a log file; peak_memory, versions
 """
 
 import contextlib
@@ -14,10 +14,14 @@ import json
 import math
 import os
 import re
+import resource
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 from tqdm import tqdm
 
 try:
@@ -119,6 +123,37 @@ def read_json(path: Path, kind: type = object):
     return content
 
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # others may start programs
+LARGEST = 10_000  # pixels a side: padded to a square, such an image takes 300 MB
+
+
+def load_image(path: Path) -> Image.Image:
+    """The image as RGB, fully decoded; InputError naming the file if it is missing, broken or
+    larger than LARGEST."""
+    if not os.path.isfile(path):
+        raise InputError(f"image {path} is no file")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if max(image.size) <= LARGEST:
+                return eight_bits(image).convert("RGB")
+    except Exception as error:  # a broken file can raise nearly anything inside a decoder
+        raise InputError(f"image {path} is corrupt or truncated: {error}") from None
+    size = " x ".join(map(str, image.size))
+    raise InputError(f"image {path} has {size} pixels: scale it to at most {LARGEST} a side")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A gray image of 16 or 32 bits (medicine, satellites) stretched to 0..255, from its darkest to
+    its brightest pixel, as no file says what its white is. Pillow alone would cut all above 255."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image, dtype=np.float64)
+    finite = np.isfinite(values)
+    low, high = values[finite].min(), values[finite].max()
+    shares = (np.where(finite, values, low) - low) / max(high - low, 1e-30)
+    return Image.fromarray(np.rint(255 * shares).astype(np.uint8))
+
+
 def predictions_file(run, trained, tested):
     """File of the answers behind matrix[trained, tested] (from 0); a word names an extra test."""
     on = tested + 1 if isinstance(tested, int) else tested
@@ -171,7 +206,7 @@ def jsonable(value):
     return str(value) if isinstance(value, Path) else value
 
 
-# ---- 4. Progress ---------------------------------------------------------------------------------
+# ---- 4. Progress and costs -----------------------------------------------------------------------
 
 
 class progress(tqdm):
@@ -191,3 +226,19 @@ class progress(tqdm):
     def close(self):
         self.disable |= not self.terminal  # in a file there is no bar to take away
         super().close()
+
+
+def peak_memory():
+    """The most memory in use so far, in MB: of the GPU if one was used, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e6
+    if sys.platform == "linux":  # getrusage there counts the process that started this one too
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
+
+
+def versions():
+    """Of Python and the packages that numbers depend on."""
+    packages = ("torch", "transformers", "numpy", "pillow")
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
