@@ -275,12 +275,13 @@ def load_stream(args, problem: Callable = stop) -> Stream:
             blocks = [[i for i, s in enumerate(train) if s.group == group] for group in visits]
             blocks = [block for block in blocks if block]
         stages.append(Stage(stage, train, test, metric, blocks, 1, rates[k]))
-    if args.stream not in STREAMS and all(
-        s.skill == stage.name for stage in stages for s in stage.train
-    ):
+    kinds = {sample.skill == stage.name for stage in stages for sample in stage.train}
+    if args.stream not in STREAMS and kinds == {True}:
         print(
-            'note: no record has a "skill", the kind of its question, so every stage is one of its own '
-            "and asr.py has little to hold: add it to the records, or use --skills shared"
+            'note: no record has a "skill", the kind of its question, so every stage is a kind of'
+        )
+        print(
+            "its own and asr.py has little to hold: add it to the records, or use --skills shared"
         )
     set_epochs(stages, args)
     check_lengths(stages + novel, args, problem)
@@ -423,6 +424,8 @@ def common_flags(prog: str, description: str) -> argparse.ArgumentParser:
     add("--hold_out", choices=list(GROUPS), help="vqacl: object group tested but never trained")
     add("--imbalance", type=one_or_larger, metavar="X", help="clt-vqa: n_max / n_min (default: 10)")
     add("--resume", action="store_true", help="continue a killed run")
+    about = "report.html: with pictures, text alone or none (default: pictures, with --data text)"
+    add("--report", choices=["pictures", "text", "none"], help=about)
     add("--plot", nargs="+", metavar="RUN", help="only draw the figures of finished runs")
     about = (
         "Defaults depend on stream and model (benchmarks.py); a run prints them. E and ETA: one "

@@ -41,6 +41,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import report
 from files import (
     InputError,
     damaged,
@@ -165,7 +166,7 @@ def paired(a, b) -> tuple[float, float, float, int]:
 # ---- 3. The run folder: --out IS the run ---------------------------------------------------------
 
 REPOSITORY = Path(__file__).resolve().parent
-MAY_DIFFER = ("resume", "out", "plot")  # flags that do not change what is computed
+MAY_DIFFER = ("resume", "out", "plot", "report")  # flags that do not change what is computed
 NOT_IN_THE_BAR = ("lr", "gradient_norm", "task", "distance", "weight", "phase")
 SAVE_EVERY = 100  # steps between two checkpoints inside a stage
 
@@ -343,7 +344,11 @@ class Run:
         facts |= read_run(self.folder)
         if captions := all_caption_scores(self.folder, facts):
             facts["captions"] = captions
-        print("figures:", draw([facts | {"folder": self.folder}]))
+        record = facts | {"folder": self.folder}
+        print("figures:", draw([record]))
+        if self.args.report != "none":
+            pictures = self.args.report == "pictures" or not (self.args.report or self.args.data)
+            print("report:", report.write(record, self.stages, pictures))
         write_json(self.folder / "summary.json", facts)
         print("seconds: " + ", ".join(f"{k} {value:.1f}" for k, value in self.seconds.items()))
         print(f"peak memory {facts['peak_memory_mb']:,.0f} MB; everything is in {self.folder}")
