@@ -527,4 +527,4 @@ def main(args, kind=None):
 if __name__ == "__main__":
     with input_errors():
         args = parse()
-        print("figures:", plot.baselines(args.plot, args.out)) if args.plot else main(args)
+        print("figures:", plot.draw(args.plot, args.out)) if args.plot else main(args)

@@ -119,7 +119,7 @@ def metrics(matrix) -> dict[str, float]:
     if a.ndim != 2 or a.shape[0] != a.shape[1] or a.size == 0:
         raise ValueError(f"an accuracy matrix is T x T [stage, task], but this one is {a.shape}")
     last, old = a[-1], range(len(a) - 1)  # old: all tasks but the newest
-    ap, avg = np.mean(last), np.mean(seen_mean(a))
+    ap, avg = np.mean(last), np.mean([np.mean(row[: t + 1]) for t, row in enumerate(a)])
     values = {
         **{"AP": ap, "Last": ap, "MFN": ap, "Avg": avg, "MAA": avg, "MFT": np.mean(np.diag(a))},
         "AF": np.mean([a[i:, i].max() - last[i] for i in old] or [0]),
@@ -127,11 +127,6 @@ def metrics(matrix) -> dict[str, float]:
         "BWT": np.mean([last[i] - a[i, i] for i in old] or [0]),
     }
     return {name: float(value) for name, value in values.items()}
-
-
-def seen_mean(matrix) -> list[float]:
-    """After each stage t, the mean accuracy over the tasks seen so far: mean_{i<=t} A[t,i]."""
-    return [float(np.mean(row[: t + 1])) for t, row in enumerate(np.asarray(matrix, dtype=float))]
 
 
 def interference(matrix) -> np.ndarray:
@@ -167,6 +162,7 @@ def paired(a, b) -> tuple[float, float, float, int]:
 
 REPOSITORY = Path(__file__).resolve().parent
 MAY_DIFFER = ("resume", "out", "plot", "report")  # flags that do not change what is computed
+ANEW = "; start the run anew with another --out"
 NOT_IN_THE_BAR = ("lr", "gradient_norm", "task", "distance", "weight", "phase")
 SAVE_EVERY = 100  # steps between two checkpoints inside a stage
 
@@ -215,7 +211,7 @@ class Run:
         path, state = self.folder / "checkpoint.pt", {}
         log, facts = self.folder / "metrics.jsonl", self.folder / "facts.npz"
         if self.args.resume and path.exists():
-            with damaged(path, "; start the run anew with another --out"):
+            with damaged(path, ANEW):
                 if zipfile.ZipFile(path).testzip():  # torch does not look at its checksums
                     raise ValueError("a checksum is wrong")
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -225,20 +221,18 @@ class Run:
                 self.matrix, self.matrix_novel = state["matrix"].numpy()
                 torch.set_num_threads(state["threads"])  # another number would round differently
                 set_random_state(state["random"])
-            with damaged(facts, "; start the run anew with another --out"):
+            with damaged(facts, ANEW):
                 content = np.load(facts) if state["facts"] else {}
                 self.facts = {key: content[key] for key in state["facts"]}  # it may hold more
             print(f"resumed in stage {state['at'][0] + 1}, after {self.step} steps")
         elif self.args.resume:
             print("no checkpoint yet: the run starts from the beginning")
-        with damaged(log, "; start the run anew with another --out"):
+        with damaged(log, ANEW):
             lines = log.read_text().splitlines(keepends=True) if self.step else []
-            for k, line in enumerate(lines[: self.step]):  # a kill can tear what comes after
-                if json.loads(line)["step"] != k + 1:
-                    raise ValueError(f"line {k + 1} is not of this step")
-            if len(lines) < self.step:
-                raise ValueError(f"{len(lines)} lines for {self.step} steps")
-        write_text(log, "".join(lines[: self.step]))
+            lines = lines[: self.step]  # a kill can tear what comes after
+            if [json.loads(line)["step"] for line in lines] != list(range(1, self.step + 1)):
+                raise ValueError(f"it has not the lines of steps 1 to {self.step}")
+        write_text(log, "".join(lines))
         self.lap("start")
         return state
 
@@ -344,11 +338,11 @@ class Run:
         facts |= read_run(self.folder)
         if captions := all_caption_scores(self.folder, facts):
             facts["captions"] = captions
-        record = facts | {"folder": self.folder}
-        print("figures:", draw([record]))
+        print("figures:", draw([facts]))
         if self.args.report != "none":
             pictures = self.args.report == "pictures" or not (self.args.report or self.args.data)
-            print("report:", report.write(record, self.stages, pictures))
+            print("report:", report.write(facts, self.stages, pictures))
+        del facts["folder"]
         write_json(self.folder / "summary.json", facts)
         print("seconds: " + ", ".join(f"{k} {value:.1f}" for k, value in self.seconds.items()))
         print(f"peak memory {facts['peak_memory_mb']:,.0f} MB; everything is in {self.folder}")
@@ -450,7 +444,7 @@ def write_predictions(run, trained, tested, rows):
 
 
 def read_run(folder):
-    """The record of a run: its summary.json, or what there is of an unfinished run.
+    """The record of a run with its "folder": its summary.json, or what an unfinished run has.
 
     InputError if this is no run folder, or if its matrix does not fit its stages.
     """
@@ -460,17 +454,14 @@ def read_run(folder):
     finished = (folder / "summary.json").is_file()
     if not finished and not (folder / "matrix.json").is_file():
         raise InputError(f"{folder} has no matrix.json: its first stage is not finished")
-    if finished:
-        record = read_json(folder / "summary.json", dict)
-    else:
-        record = read_json(folder / "matrix.json", dict)
+    record = read_json(folder / ("summary.json" if finished else "matrix.json"), dict)
     with damaged(folder):
         if not finished:
             args = read_json(folder / "args.json", dict)
             record |= {key: args.pop(key) for key in ("script", "commit", "command")}
             record |= {"args": args, "stream": args["stream"], "seed": args["seed"]}
         check_record(record)
-        return record | {"metrics": metrics(record["matrix"])}
+        return record | {"metrics": metrics(record["matrix"]), "folder": folder}
 
 
 def check_record(record):
@@ -483,7 +474,7 @@ def check_record(record):
         raise TypeError("a name of script, stream or stage is no text")
     if not all(math.isnan(x) or 0 <= x <= 100 for x in matrix.flat):
         raise ValueError("an accuracy is not between 0 and 100")
-    float(record.get("seconds", 0)), record["args"]["seed"], record["seed"]
+    float(record.get("seconds", 0)), record["args"]["seed"], record["seed"], kind_of(record)
 
 
 def all_caption_scores(run, record):
@@ -566,19 +557,34 @@ def table(matrix, stages: list[str], markdown: bool = False) -> str:
     return grid(rows, markdown) + "\n\n" + grid(numbers, markdown)
 
 
+# flags that change no number except by rounding, and the seed, over which runs are averaged
+NO_LABEL = {"seed", "out", "resume", "plot", "report", "data", "device", "threads"}
+NO_LABEL |= {"eval_batch_size"}
+
+
+def kind_of(record):
+    """The name of the method of a run."""
+    args, script = record["args"], record["script"]
+    if script == "asr":
+        kinds = [["sequential LoRA", "geometry only"], ["spectral only", "ASR"]]
+        return kinds[args["beta"] > 0][args["gamma"] > 0]
+    name = args["method"] if script == "baselines" else script
+    return {"sequential": "sequential LoRA", "cram": "CRAM", "mllm_cl": "MR-LoRA"}.get(name, name)
+
+
 def group(records: list[dict]) -> dict[str, dict[int, dict]]:
-    """{label: {seed: record}}: runs that differ in nothing but the seed; a label says what else
-    differs. InputError if a seed occurs twice in a group."""
-    flags = [{**record["args"], "seed": None} for record in records]
-    differ = {key for a in flags for b in flags for key in a.keys() & b.keys() if a[key] != b[key]}
+    """{label: {seed: record}}: runs that differ in nothing but the seed. A label is the method and
+    the flags in which these runs of it differ."""
     groups = {}
     for record in records:
-        values = [f"{key}={value}" for key, value in record["args"].items() if key in differ]
-        label = " ".join([record["script"], *values])
-        runs = groups.setdefault(label, {})
-        if record["seed"] in runs:
-            raise InputError(f"two runs of {label!r} have seed {record['seed']}: leave one out")
-        runs[record["seed"]] = record
+        alike = [r["args"] for r in records if kind_of(r) == kind_of(record)]
+        skip = NO_LABEL | ({"experts"} if record["script"] == "mllm_cl" else set())  # a folder
+        flags = {key: value for key, value in record["args"].items() if key not in skip}
+        differing = [k for k, v in flags.items() if any(args.get(k, v) != v for args in alike)]
+        label = ", ".join([kind_of(record), *(f"{key} {flags[key]}" for key in differing)])
+        if record["seed"] in groups.get(label, ()):
+            label += f" ({record['folder']})"  # perhaps the code was edited between two runs
+        groups.setdefault(label, {})[record["seed"]] = record
     return groups
 
 

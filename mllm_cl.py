@@ -437,4 +437,4 @@ def main(args):
 if __name__ == "__main__":
     with input_errors():
         args = parse()
-        print("figures:", plot.mllm_cl(args.plot, args.out)) if args.plot else main(args)
+        print("figures:", plot.draw(args.plot, args.out)) if args.plot else main(args)

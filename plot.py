@@ -1,77 +1,60 @@
 """Every figure, drawn from run folders; no model is loaded.
 
     python plot.py RUN [RUN ...] [--out DIR]    the figures of the script that made these runs
-    python plot.py                              the pictures of README and docs, from results/
 
-The first form draws into figures/ of the first run unless --out names another folder; `--plot RUN`
-of every script does the same. Runs that differ only in their seed are averaged where a figure
-allows it. A method's figures need facts.npz: what it noted about the N test questions of task i
+They go to figures/ of the first run unless --out names another folder; `--plot RUN` of every script
+does the same. One run shows what it has learned and forgotten; several are compared
+as well, and those that differ only in their seed are averaged. A method's figures need facts.npz:
+what it noted about the N test questions of task i
 after stage t, in the order of the predictions, under the key "<t>-<i>-<name>", counted from 1.
 """
 
 import argparse
 import textwrap
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from eval import interference, metrics, read_run, seen_mean, show
-from files import InputError, input_errors, predictions_file, read_json
+from eval import group, interference, metrics, read_run, show
+from files import InputError, damaged, input_errors, predictions_file, read_json
 
 # ---- 1. Runs and their labels --------------------------------------------------------------------
-
-# Flags that change no number except by rounding, and the seed, over which runs are averaged.
-NO_LABEL = {"seed", "out", "resume", "plot", "data", "device", "threads", "eval_batch_size"}
-
-
-def kind_of(record):
-    """The name of the method of a run."""
-    args, script = record["args"], record["script"]
-    if script == "asr":
-        kinds = [["sequential LoRA", "geometry only"], ["spectral only", "ASR"]]
-        return kinds[args["beta"] > 0][args["gamma"] > 0]
-    name = args["method"] if script == "baselines" else script
-    return {"sequential": "sequential LoRA", "cram": "CRAM", "mllm_cl": "MR-LoRA"}.get(name, name)
 
 
 def read_runs(folders, path, needed="matrix"):
     """{label: records, one per seed}, the first record, and the folder to draw into.
 
-    A label is the method and the flags in which the given runs of this method differ; a record gets
-    its "folder". InputError: a record lacks the key `needed`, or the stages of the runs differ.
+    A run that is about to end gives its record in place of its folder. InputError: a record lacks
+    the key `needed`, or the stages of the runs differ.
     """
-    records = [
-        folder if isinstance(folder, dict) else read_run(folder) | {"folder": Path(folder)}
-        for folder in folders
-    ]
+    records = [run if isinstance(run, dict) else read_run(run) for run in folders]
     for record in records:
         if needed not in record:
             raise InputError(f"{record['folder']}: no {needed!r} in its record; is it finished?")
         if record["stages"] != records[0]["stages"]:
             raise InputError(f"{record['folder']} and {folders[0]} went through different stages")
-    groups = {}
-    for record in records:
-        alike = [r["args"] for r in records if kind_of(r) == kind_of(record)]
-        skip = NO_LABEL | ({"experts"} if record["script"] == "mllm_cl" else set())  # a folder
-        flags = {key: value for key, value in record["args"].items() if key not in skip}
-        differing = [k for k, v in flags.items() if any(args.get(k, v) != v for args in alike)]
-        label = ", ".join([kind_of(record), *(f"{key} {flags[key]}" for key in differing)])
-        if record["seed"] in [r["seed"] for r in groups.get(label, [])]:
-            label += f" ({record['folder']})"  # perhaps the code was edited between two runs
-        groups.setdefault(label, []).append(record)
+    groups = {label: [*runs.values()] for label, runs in group(records).items()}
     path = Path(path or records[0]["folder"] / "figures")
     path.mkdir(parents=True, exist_ok=True)
     return groups, records[0], path
 
 
 def read_facts(folder, name):
-    """facts.npz as a dict; InputError if it is missing or holds no `name`."""
+    """facts.npz as a dict; InputError if it is missing, damaged or holds no `name`."""
     file = Path(folder) / "facts.npz"
-    facts = dict(np.load(file)) if file.is_file() else {}
+    with damaged(file):
+        facts = dict(np.load(file))
     if f"1-1-{name}" not in facts:
-        raise InputError(f"{file} is missing or holds no {name!r}: another script made this run?")
+        raise InputError(f"{file} holds no {name!r}: another script made this run")
     return facts
+
+
+def numbered(names, most=14):
+    """Names of stages for an axis: they differ by number, however long or strange they are."""
+    names = [name if len(name) <= most else name[: most - 1] + "…" for name in names]
+    return [f"{i + 1} {name}" for i, name in enumerate(names)]
 
 
 # ---- 2. Figures of any run -----------------------------------------------------------------------
@@ -82,6 +65,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "os^Dv<P"
 STYLE = {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8}
 STYLE |= {"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
+STYLE |= {"text.parse_math": False}  # "$5" is money
 
 
 def new_figure(rows=1, columns=1, height=4.2, **options):
@@ -89,6 +73,7 @@ def new_figure(rows=1, columns=1, height=4.2, **options):
     import matplotlib.figure  # here, not above: training does without its time and memory
 
     matplotlib.rcParams |= STYLE
+    warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks become boxes
     figure = matplotlib.figure.Figure(figsize=(6.7, height), dpi=120, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
@@ -109,7 +94,7 @@ def heat_maps(panels, names, labels, limits, path, digits=0):
             text = f"{value:.{digits}f}"
             axis.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
         axis.set_xticks(range(0, len(names[1]), step), names[1][::step], rotation=45, ha="right")
-        axis.set_yticks(range(len(names[0])), names[0], parse_math=False)  # "$5" is money
+        axis.set_yticks(range(len(names[0])), names[0])
         axis.set(title=title, xlabel=labels[1])
         axis.grid(False)
     axes[0, 0].set_ylabel(labels[0])
@@ -117,20 +102,24 @@ def heat_maps(panels, names, labels, limits, path, digits=0):
     figure.savefig(path)
 
 
-def lines(curves, title, x, y, path):
-    """{label: (x values [n], y values [seeds, n])}: means over the seeds, bands of one std."""
-    figure, [[axis]] = new_figure()
-    for k, (label, (xs, values)) in enumerate(curves.items()):
-        values, color = np.atleast_2d(values), COLORS[k % 7]
-        label += f" ({len(values)} seeds, band: std)" if len(values) > 1 else ""
-        style = MARKERS[k % 7] + ("-" if k < 7 else ":")
-        axis.plot(xs, values.mean(0), style, color=color, label=label)
-        if len(values) > 1:
-            band = values.mean(0) + np.outer([-1, 1], values.std(0, ddof=1))
-            axis.fill_between(xs, *band, color=color, alpha=0.15, linewidth=0)
-    axis.xaxis.get_major_locator().set_params(integer=True, steps=(1, 2, 5, 10))
-    axis.set(title=title, xlabel=x, ylabel=y)
-    axis.legend()
+def lines(panels, x, y, path, **options):
+    """A panel per entry {title: {label: (x values [n], y values [n] or [seeds, n])}}: means over
+    the seeds, with bands of one std. options: of the axes."""
+    figure, axes = new_figure(1, len(panels), sharey=True)
+    for axis, (title, curves) in zip(axes[0], panels.items()):
+        for k, (label, (xs, values)) in enumerate(curves.items()):
+            values, color = np.atleast_2d(values), COLORS[k % 7]
+            style = MARKERS[k % 7] + ("-", ":", "--", "-.")[k // 7 % 4]
+            axis.plot(xs, values.mean(0), style, color=color, label=label, clip_on=False)
+            if len(values) > 1:
+                band = values.mean(0) + np.outer([-1, 1], values.std(0, ddof=1))
+                axis.fill_between(xs, *band, color=color, alpha=0.15, linewidth=0)
+        axis.xaxis.get_major_locator().set_params(integer=True, steps=(1, 2, 5, 10))
+        axis.set(title=textwrap.fill(title, 78 // len(panels)), xlabel=x, **options)
+    axes[0, 0].set_ylabel(y)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    columns = 4 if max(map(len, names)) < 18 else 1
+    figure.legend(handles, names, loc="outside lower center", ncols=columns)
     figure.savefig(path)
 
 
@@ -168,12 +157,12 @@ def scatter(panels, path, scale="linear"):
 
 def pictures(cells, columns, path):
     """A grid of images: [(title, image, map that is laid over it or None)]."""
-    rows = -(-len(cells) // columns)
-    figure, axes = new_figure(rows, columns, 2.1 * rows)
+    rows, most = -(-len(cells) // columns), max(title.count("\n") for title, _, _ in cells)
+    figure, axes = new_figure(rows, columns, (6.7 / columns + 0.2 + 0.15 * most) * rows)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (title, image, overlay) in zip(axes.flat, cells):
-        axis.set_title(title, fontsize=8, parse_math=False)  # "$5" is money
+        axis.set_title(title, fontsize=8)
         axis.imshow(image, cmap="inferno", extent=(0, 1, 1, 0))
         if overlay is not None:
             axis.imshow(overlay, cmap="inferno", alpha=0.5, extent=(0, 1, 1, 0))
@@ -189,21 +178,54 @@ def two_matrices(groups, path, of=np.asarray, limits=(0, 100), label="accuracy (
         seeds = f"\nmean of {len(records)} seeds" if len(records) > 1 else ""
         title = f"{textwrap.fill(name, 44)}{seeds}\n{', '.join(numbers)}"
         panels[title] = np.mean([of(np.array(r["matrix"], dtype=float)) for r in records], 0)
-    stages, labels = records[0]["stages"], ("after training on", "tested on", label)
+    stages, labels = numbered(records[0]["stages"]), ("after training on", "tested on", label)
     heat_maps(panels, (stages, stages), labels, limits, path, digits=2 - len(panels))
 
 
-def baselines(folders, path=None):
-    """What every script has: accuracy of all labels; matrices and interference of the first two."""
-    groups, _, path = read_runs(folders, path)
-    curves, below = {}, "accuracy minus the task's best (points)"
-    for label, records in groups.items():
-        means = np.array([seen_mean(record["matrix"]) for record in records])  # [seeds, T]
-        curves[label] = np.arange(1, means.shape[1] + 1), means
-    title, y = "Accuracy on the tasks learned so far", "mean accuracy (%)"
-    lines(curves, title, "stage", y, path / "accuracy.png")
+def tasks(groups, path):
+    """The accuracy on every task after every stage since its own, for the first three labels."""
+    panels = {}
+    for label, records in list(groups.items())[:3]:
+        A = np.array([record["matrix"] for record in records], dtype=float)  # [seeds, T, T]
+        names, x = numbered(records[0]["stages"]), np.arange(1, A.shape[1] + 1)
+        panels[label] = {name: (x[i:], A[:, i:, i]) for i, name in enumerate(names)}
+    lines(panels, "after stage", "accuracy on each task (%)", path, ylim=(0, 100))
+
+
+def losses(record, path):
+    """Every part of the loss in every step, and its mean over some; gray: a stage begins."""
+    rows = read_json(record["folder"] / "metrics.jsonl")
+    apart = {"step", "stage", "lr", "gradient_norm", "phase", "distance", "weight"}
+    names = [n for n in dict.fromkeys(n for row in rows for n in row) if n not in apart]
+    parts = {n: np.array([row.get(n, np.nan) for row in rows], dtype=float) for n in names}
+    parts = {name: values for name, values in parts.items() if np.nan_to_num(values).any()}
+    if not parts:  # nothing was trained
+        return
+    figure, axes = new_figure(len(parts), 1, 1 + 1.1 * len(parts), sharex=True)
+    width, steps = 2 + len(rows) // 50, np.arange(1, len(rows) + 1)
+    for axis, (name, values) in zip(axes[:, 0], parts.items()):
+        axis.plot(steps, values, color=COLORS[5], linewidth=0.5)
+        mean = np.convolve(values, np.ones(width) / width, "valid")
+        axis.plot(steps[width - 1 :], mean, color=COLORS[0])
+        axis.set_ylabel(name)
+        for k in np.flatnonzero(np.diff([row["stage"] for row in rows])):
+            axis.axvline(k + 1.5, color="gray", linewidth=0.8)
+    axes[0, 0].set_title(f"The parts of the loss, and their means over {width} steps")
+    axes[-1, 0].set_xlabel("step")
+    figure.savefig(path)
+
+
+def baselines(folders, path=None, further=None):
+    """What every script has: matrices, every task's accuracy, the loss; of several labels AP, AF
+    and `further` columns {title: function of a record} in place of the loss."""
+    groups, first, path = read_runs(folders, path)
     two_matrices(groups, path / "matrix.png")
-    two_matrices(groups, path / "interference.png", interference, (-100, 0), below)
+    tasks(groups, path / "accuracy.png")
+    columns = {"AP (%)": lambda r: r["metrics"]["AP"], "AF (points)": lambda r: r["metrics"]["AF"]}
+    if len(groups) > 1:
+        bars(groups, columns | (further or {}), path / "compare.png")
+    else:
+        losses(first, path / "loss.png")
     return path
 
 
@@ -311,7 +333,7 @@ def asr_distance(runs, path):
             if len(values):
                 curves[f"{label}: {name}, n = {len(values)}"] = x, np.percentile(values, x)
     title, y = "Distance of every question to its skill as learned", "Mahalanobis distance D2"
-    lines(curves, title, "percentile of the questions", y, path)
+    lines({title: curves}, "percentile of the questions", y, path)
 
 
 def asr_cases(record, path):
@@ -348,12 +370,12 @@ def asr(folders, path=None):
         asr_spectra(next(iter(runs.values())), path / "fig5-spectra.png")
         asr_distance(runs, path / "fig7-distance.png")
         asr_cases(first, path / "fig9-cases.png")
-    columns = {"AP (%)": lambda r: r["metrics"]["AP"], "AF (points)": lambda r: r["metrics"]["AF"]}
-    bars(groups, columns, path / "fig4-ablation.png")
-    return baselines(folders, path)
+    below = "accuracy minus the task's best (points)"
+    two_matrices(groups, path / "fig8-interference.png", interference, (-100, 0), below)
+    return baselines(folders, path)  # compare.png: Fig. 4
 
 
-# ---- 4. CRAM and MR-LoRA -------------------------------------------------------------------------
+# ---- 4. CRAM and MR-LoRA; command line -----------------------------------------------------------
 # facts.npz: weights [N, t] of CRAM's experts; probability [N, t] of MR-LoRA's experts and, for
 # t = i, picture [2, 96, 96, 3] of the first two questions.
 
@@ -361,7 +383,7 @@ def asr(folders, path=None):
 def cram(folders, path=None):
     """Routing, groups and ranks of the first run of cram.py; parameters and energy of all."""
     groups, first, path = read_runs(folders, path, "ranks")
-    facts, stages = read_facts(first["folder"], "weights"), first["stages"]
+    facts, stages = read_facts(first["folder"], "weights"), numbered(first["stages"])
     T, right = len(stages), first["routing_accuracy"]
     weights = np.array([100 * facts[f"{T}-{i + 1}-weights"].mean(0) for i in range(T)])
     title = f"right group {right['group']:.1f}%, right expert {right['expert']:.1f}%"
@@ -386,7 +408,7 @@ def cram(folders, path=None):
     rank = first["args"]["rank"]
     counts[f"one LoRA of rank {rank} per task"] = x, first["per_rank"] * rank / 1e3 * x
     title = "Parameters: stored so far, and trained in each stage"
-    lines(counts, title, "stage", "thousands", path / "parameters.png")
+    lines({title: counts}, "stage", "thousands", path / "parameters.png")
     title = "Energy of a new expert in the output space of older ones"
     labels = "", "expert of (white: first of its group)", "energy (%)"
     names = [textwrap.fill(label, 34) for label in groups], stages
@@ -396,7 +418,7 @@ def cram(folders, path=None):
 
 def mllm_cl_cases(record, path):
     """The first questions of every task, the two most probable experts, and the answer."""
-    facts, stages = read_facts(record["folder"], "picture"), record["stages"]
+    facts, stages = read_facts(record["folder"], "picture"), numbered(record["stages"])
     cells, T = [], len(stages)
     for i, stage in enumerate(stages):
         answers = read_json(predictions_file(record["folder"], T - 1, i))
@@ -412,19 +434,17 @@ def mllm_cl_cases(record, path):
 
 
 def mllm_cl(folders, path=None):
-    """Confusion, cases and parameters of the first run of mllm_cl.py; routers and shots of all."""
+    """Confusion and cases of the first run of mllm_cl.py; routers and shots of several."""
     groups, first, path = read_runs(folders, path, "confusion")
-    stages, counts = first["stages"], np.array(first["confusion"])[-1]
+    stages, counts = numbered(first["stages"]), np.array(first["confusion"])[-1]
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     title = f"after the last stage: {first['routing_accuracy'][-1]:.1f}% routed right"
     labels = "task of the question", "expert that answered", "share of the questions (%)"
     heat_maps({title: shares}, (stages, stages), labels, (0, 100), path / "confusion.png")
     mllm_cl_cases(first, path / "cases.png")
     columns = {"routed right (%)": lambda r: r["routing_accuracy"][-1]}
-    columns["MFN (%)"] = lambda r: r["metrics"]["MFN"]
     steps = ("router", "routing")  # training routers, and routing
     columns["seconds of routers"] = lambda r: sum(r["seconds_by_part"].get(k, 0) for k in steps)
-    bars(groups, columns, path / "routers.png")
     shots = {}
     for records in groups.values():
         args = records[0]["args"]
@@ -434,48 +454,25 @@ def mllm_cl(folders, path=None):
     if any(len(points) > 1 for points in shots.values()):
         curves = {name: list(zip(*sorted(points))) for name, points in shots.items()}
         title, x = "How many samples does the router need?", "samples kept per task"
-        lines(curves, title, x, "routed right (%)", path / "shots.png")
-    x, each = np.arange(1, len(stages) + 1), first["trainable_parameters"] / 1e3
-    router = each * (x > 1) * (first["args"]["router"] in ("mllm", "generate"))
-    curves = {"experts": (x, each * x), "experts and router": (x, each * x + router)}
-    title = "Stored parameters: one LoRA per task, and the router"
-    lines(curves, title, "stage", "thousands", path / "parameters.png")
-    return baselines(folders, path)
+        lines({title: curves}, x, "routed right (%)", path / "shots.png")
+    return baselines(folders, path, columns)
 
 
-# ---- 5. README, docs, command line ---------------------------------------------------------------
-
-
-def docs(root="."):
-    """The pictures of README and docs that come from the records in results/."""
-    names, path = ("cram", "report", "report-drift"), Path(root, "docs", "figures")
-    sweeps = {name: read_json(Path(root, "results", f"{name}.jsonl")) for name in names}
-    home = [record for record in sweeps["cram"] if record["stream"] == "ucit"]
-    rows = {"sequential LoRA": "sequential", "CRAM": "CRAM"}
-    groups = {label: [r for r in home if r["row"] == row] for label, row in rows.items()}
-    two_matrices(groups, path / "matrices.png")
-    panels, x, y = [], "drift (JSD, nats)", "forgotten (points)"
-    for sweep, stream in (("report", "domains"), ("report", "vqacl"), ("report-drift", "domains")):
-        dots = {"with L_spec": [], "geometry only": []}
-        for record in sweeps[sweep]:
-            if "drift" in record and record["stream"] == stream:
-                name = "with L_spec" if record["args"]["beta"] else "geometry only"
-                dots[name] += record["drift"].values()
-        dots = {name: np.array(pairs, dtype=float).T for name, pairs in dots.items()}
-        panels.append((f"{sweep}: {stream}", x, y, dots))
-    scatter(panels, path / "asr-drift.png", "log")
-    return path
+def draw(folders, path=None):
+    """The figures of the script that made all these runs, or what every script has."""
+    scripts = {read_run(folder)["script"] for folder in folders}
+    known = {"asr": asr, "cram": cram, "mllm_cl": mllm_cl}
+    figures = known.get(min(scripts), baselines) if len(scripts) == 1 else baselines
+    with damaged(" ".join(map(str, folders))):
+        return figures(folders, path)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser("plot.py", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="(default: redraw two docs/figures)")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--out", metavar="DIR", help="(default: figures/ of the first run)")
     args = parser.parse_args(argv)
-    scripts = {read_run(folder)["script"] for folder in args.runs}
-    known = {"asr": asr, "cram": cram, "mllm_cl": mllm_cl}
-    draw = known.get(min(scripts), baselines) if len(scripts) == 1 else baselines
-    print("figures:", draw(args.runs, args.out) if args.runs else docs())
+    print("figures:", draw(args.runs, args.out))
 
 
 if __name__ == "__main__":

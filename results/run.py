@@ -3,7 +3,7 @@
     python results/run.py NAME            run the missing cells of sweep NAME, then print its tables
     python results/run.py NAME --table    its tables only (Markdown)
     python results/run.py NAME --list     its commands, one per line
-    python results/run.py choice          other tables: choice, beside, drift
+    python results/run.py choice          other tables: choice, beside, drift; figures of the docs
 
 A sweep (sweeps.py) combines rows, which are a label and a command, with streams and seeds. Each
 combination is a cell: one process, whose summary.json becomes a line of results/NAME.jsonl. Cells

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+import plot
 from eval import compared, grid, mean_std, paired, show
 
 RESULTS = Path(__file__).parent
@@ -150,4 +151,25 @@ def drift(results: dict) -> str:
     return grid(table, True)
 
 
-TABLES = {"choice": choice, "beside": beside, "drift": drift}
+def figures(results: dict) -> str:
+    """Draw the pictures of README and docs that come from records alone; the folder."""
+    path = RESULTS.parent / "docs" / "figures"
+    rows = {"sequential LoRA": "sequential", "CRAM": "CRAM"}
+    cells = {label: results["cram"]["ucit"][row] for label, row in rows.items()}
+    groups = {
+        label: [record for record in runs.values() if record] for label, runs in cells.items()
+    }
+    plot.two_matrices(groups, path / "matrices.png")
+    panels, x, y = [], "drift (JSD, nats)", "forgotten (points)"
+    for sweep, stream in (("report", "domains"), ("report", "vqacl"), ("report-drift", "domains")):
+        dots = {"with L_spec": [], "geometry only": []}
+        for record in (r for runs in results[sweep][stream].values() for r in runs.values() if r):
+            name = "with L_spec" if record["args"].get("beta") else "geometry only"
+            dots[name] += record.get("drift", {}).values()
+        dots = {name: np.array(pairs, dtype=float).T for name, pairs in dots.items()}
+        panels.append((f"{sweep}: {stream}", x, y, dots))
+    plot.scatter(panels, path / "asr-drift.png", "log")
+    return str(path)
+
+
+TABLES = {"choice": choice, "beside": beside, "drift": drift, "figures": figures}

@@ -200,7 +200,6 @@ def test_worked_example_of_the_docstring():
     assert (m["AP"], m["AF"], m["AF_vqacl"], m["Avg"]) == pytest.approx((76, 10, 8.5, 78))
     assert (m["MFT"], m["BWT"]) == pytest.approx((80, -6))
     assert m["AP"] == m["Last"] == m["MFN"] and m["Avg"] == m["MAA"]
-    assert ev.seen_mean(EXAMPLE) == [80, 78, 76]
     expected = [[-5, np.nan, np.nan], [0, -3, np.nan], [-20, 0, 0]]
     np.testing.assert_allclose(ev.interference(EXAMPLE), expected)
     lines = [line.strip() for line in ev.__doc__.split("\n")]
@@ -259,29 +258,29 @@ def test_paired_interval_against_printed_tables():
 
 
 def record(seed, ap, script="asr", **args):
-    args |= {"seed": seed, "lr": 0.1, "targets": ["q", "v"]}
-    return {"script": script, "seed": seed, "args": args, "matrix": [[ap]], "seconds": 90}
+    args = {"seed": seed, "beta": 0.5, "gamma": 0.05, "targets": ["q", "v"]} | args
+    about = {"script": script, "seed": seed, "args": args, "folder": "runs/x"}
+    return about | {"matrix": [[ap]], "seconds": 90}
 
 
 def test_compare_pairs_seeds():
-    records = [record(k, 50.0, script="baselines") for k in range(5)]
-    records += [record(k, 51.0 + k, beta=0.5) for k in range(5)] + [record(7, 50.0, beta=0.0)]
+    records = [record(k, 50.0, "baselines", method="sequential") for k in range(5)]
+    records += [record(k, 51.0 + k, gamma=0.5) for k in range(5)] + [record(7, 50.0)]
     del records[-1]["seconds"]
     text = ev.compare(records)
     head, *lines = (line.split("  ") for line in text.split("\n"))
     cells = [[cell.strip() for cell in line if cell] for line in lines]
     constant = ["50.0 ± 0.0", "0.0 ± 0.0"]
-    assert cells[0] == ["baselines", "5 of 5", *constant, *constant, "1.5 ± 0.0"]
-    assert cells[1][:4] == ["asr beta=0.5", "5 of 5", "53.0 ± 1.6", "+3.0 [+1.0, +5.0]"]
-    assert cells[2][:4] == ["asr beta=0.0", "0 of 1", "-", "-"]
-    with pytest.raises(InputError, match="two runs of 'asr' have seed 0"):
-        ev.compare([record(0, 50.0), record(0, 51.0)])
+    assert cells[0] == ["sequential LoRA", "5 of 5", *constant, *constant, "1.5 ± 0.0"]
+    assert cells[1][:4] == ["ASR, gamma 0.5", "5 of 5", "53.0 ± 1.6", "+3.0 [+1.0, +5.0]"]
+    assert cells[2][:4] == ["ASR, gamma 0.05", "0 of 1", "-", "-"]
+    assert "ASR (runs/x) " in ev.compare([record(0, 50.0), record(0, 51.0)])  # edited between them
 
 
 def make_run(run, matrix=EXAMPLE, **args):
     """A run folder whose predictions give the matrix: cells are whole percents of 100 answers."""
     about = {"script": "asr", "commit": "c", "command": "python asr.py"}
-    args = {"stream": "vqacl", "model": "m", "seed": 0, "lr": 1e-3} | args
+    args = {"stream": "vqacl", "seed": 0, "lr": 1e-3, "beta": 0.5, "gamma": 0.05} | args
     ev.write_json(run / "args.json", about | args)
     results = {"stages": STAGES, "scorers": ["exact"] * 3, "matrix": np.array(matrix)}
     ev.write_json(run / "matrix.json", results)
@@ -302,7 +301,7 @@ def test_command_line_compares_and_rescores(tmp_path, capsys):
     other = make_run(tmp_path / "c", stream="ucit")
     assert ev.main([str(first), str(second), str(other), "--markdown"]) == 0
     out = capsys.readouterr().out
-    assert "| asr lr=0.002 |" in out and "-9.7 |" in out
+    assert "| ASR, lr 0.002 |" in out and "-9.7 |" in out
     assert out.startswith("vqacl:\n") and "\n\nucit:\n" in out and "of 3 run(s)" in out
 
     path = first / "predictions/after-3-on-2.jsonl"

@@ -18,7 +18,7 @@ def flags(out, **changes):
     values = {"stream": "vqacl", "seed": 0, "lr": 1e-3, "tau": float("inf"), "targets": ("q", "v")}
     values |= {"epochs": 1, "batch_size": 4, "accumulate": 1, "eval_batch_size": 2}
     values |= {"out": out and str(out), "resume": False, "plot": None}
-    values |= {"report": None, "data": None}
+    values |= {"report": None, "data": None, "beta": 0.5, "gamma": 0.05}
     return argparse.Namespace(**(values | changes))
 
 
