@@ -539,6 +539,19 @@ LLAVA_FAULTS = [
     ),
     (replace("stream.json", {"stages": ["../x"]}), "plain folder names"),
     (replace("stream.json", {"metrics": {"stage2": "f1"}}), "metric must be one of exact, same"),
+    (replace("stream.json", {"metric": ["exact"]}), "metric must be one of exact, same"),
+    (replace("stream.json", {"stages": ["stage2"] * 2}), "two stages are called 'stage2'"),
+    (
+        replace("stream.json", {"descriptions": {"stage2": "an <image>"}}),
+        "description must not contain <image>",
+    ),
+    (edit(TEST, answer="a <image>"), "record 2: the answer must not contain <image>"),
+    (
+        edit(TRAIN, conversations=talk("a", "b", *talk("an <image>", "c"))),
+        "the later question must not contain <image>",
+    ),
+    (edit(TEST, text="a \ud800"), "record 2: the question has half a character"),
+    (edit(TEST, text="long " * 600), r"stage stage2, sample t-1: \d+ tokens .* reads at most 1024"),
 ]
 
 
@@ -560,6 +573,17 @@ def test_faulty_files(layout, fault, message, request):
     fault(root)
     with pytest.raises(InputError, match=message):
         load("--stream", *([root] if layout == "llava" else ["vqacl", "--data", root]))
+
+
+def test_equal_ids_are_numbered_and_passes_follow_from_steps(llava, capsys):
+    edit(TEST, question_id="t-0")(llava)
+    stream = load("--stream", llava, "--batch_size", 1)
+    assert [s.id for s in stream.stages[0].test] == ["t-0", "t-0#2"]
+    args = parse("--stream", llava, "--batch_size", "2", "--max_new_tokens", "4", "--system", "")
+    args.lr = 1e-3
+    assert [stage.epochs for stage in data.load_stream(args).stages] == [175, 175] == args.epochs
+    out = capsys.readouterr().out
+    assert "--epochs 175,175: about 175 steps a stage" in out and 'no record has a "skill"' in out
 
 
 def test_one_value_or_one_per_stage(llava):
@@ -616,6 +640,7 @@ def test_faulty_models(model_folder, tmp_path):
         ("model32", "is no LLaVA: its model_type is 'llama'"),
         ("model16", "cannot be read: .*config.json"),
         ("nobody/no-llava", "model nobody/no-llava cannot be read"),  # offline here
+        (str(model_folder(48, vision_config={"patch_size": 0})), "image and patch size are"),
     ):
         with pytest.raises(InputError, match=message):
             data.text_config(folder if "/" in folder else str(tmp_path / folder))
@@ -625,6 +650,7 @@ def test_values_that_argparse_rejects(capsys):
     bad = [f"--{key} {x}" for key in ("lr", "alpha") for x in ("0", "-1", "nan", "inf", "x")]
     bad += [f"--{key} {x}" for key in ("epochs", "rank", "limit") for x in ("0", "1.5")]
     bad += ["--dropout 1", "--warm_up -0.1", "--imbalance 0.5", "--threads -1", "--epoch 3"]
+    bad += ["--seed -1", f"--seed {2**40}", f"--threads {10**9}", f"--rank {10**12}", "--seed x"]
     for words in bad:
         with pytest.raises(SystemExit) as stop:
             parse(*words.split())
