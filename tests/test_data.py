@@ -640,7 +640,7 @@ def test_faulty_models(model_folder, tmp_path):
         ("model32", "is no LLaVA: its model_type is 'llama'"),
         ("model16", "cannot be read: .*config.json"),
         ("nobody/no-llava", "model nobody/no-llava cannot be read"),  # offline here
-        (str(model_folder(48, vision_config={"patch_size": 0})), "image and patch size are"),
+        (str(model_folder(96, vision_config={"patch_size": 0})), "image and patch size are"),
     ):
         with pytest.raises(InputError, match=message):
             data.text_config(folder if "/" in folder else str(tmp_path / folder))
