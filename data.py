@@ -154,7 +154,7 @@ def overridden(row: Row, root: Path) -> Row:
         raise InputError(f"{root} has no stages: sub-folders with train.json and test.json")
     stages = {}
     for name in spec["stages"]:
-        if not isinstance(name, str) or Path(name).name != name or name == "..":
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
             raise InputError(f"{path}: stages must be plain folder names, not {name!r}")
         if name in stages:
             raise InputError(f"{path}: two stages are called {name!r}")

@@ -125,6 +125,7 @@ def read_json(path: Path, kind: type = object):
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # others may start programs
 LARGEST = 10_000  # pixels a side: padded to a square, such an image takes 300 MB
+Image.MAX_IMAGE_PIXELS = None  # Pillow only warns
 
 
 def load_image(path: Path) -> Image.Image:

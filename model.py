@@ -37,7 +37,7 @@ from safetensors.torch import save as to_safetensors
 from transformers import AutoImageProcessor, AutoProcessor
 from transformers import LlavaForConditionalGeneration as Llava
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from attention import one_pass_per_block
 from data import TARGETS, Collator, text_config
@@ -410,13 +410,14 @@ def load_llava(name, device="cpu", dtype=None):
     """
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     text_config(str(name))  # reads config.json alone: is this a LLaVA at all?
+    set_verbosity_error()  # what transformers warns of is an error below
     if not sys.stderr.isatty():
-        disable_progress_bar()  # of transformers, which would fill a log file
+        disable_progress_bar()  # it would fill a log file
+    # use_safetensors: a pickled checkpoint could run code while it is read.
+    options = {"use_safetensors": True, "output_loading_info": True}
+    options |= {"ignore_mismatched_sizes": True}  # they are reported, and refused below
     try:
-        # use_safetensors: a pickled checkpoint could run code while it is read.
-        model, report = Llava.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        model, report = Llava.from_pretrained(name, dtype=dtype, **options)
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         # backend="pil" needs no torchvision, and gives the same pixels with or without it.
         pixels = AutoImageProcessor.from_pretrained(name, backend="pil")
