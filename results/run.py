@@ -4,6 +4,7 @@
     python results/run.py NAME --table    its tables only (Markdown)
     python results/run.py NAME --list     its commands, one per line
     python results/run.py choice          other tables: choice, beside, drift; figures of the docs
+    python results/run.py --script FILE   a script of yours beside sequential LoRA, in runs/own
 
 A sweep (sweeps.py) combines rows, which are a label and a command, with streams and seeds. Each
 combination is a cell: one process, whose summary.json becomes a line of results/NAME.jsonl. Cells
@@ -12,8 +13,10 @@ delete its line and its folder in runs/sweep/NAME.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -25,11 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import tables  # noqa: E402
-from sweeps import SWEEPS, cells, source  # noqa: E402
+from sweeps import SWEEPS, Sweep, cells, source  # noqa: E402
 
-from files import InputError, input_errors  # noqa: E402
+from benchmarks import STREAMS  # noqa: E402
+from files import InputError, input_errors, read_json, write_text  # noqa: E402
 
-RESULTS = ROOT / "results"
 LOCK = threading.Lock()  # two cells may finish at the same time
 # what a record keeps of summary.json, where a run has it
 KEYS = """stream seed script command commit args stages scorers matrix metrics seconds
@@ -45,9 +48,9 @@ def line_of(row: str, record: dict) -> dict:
 
 def read(name: str) -> dict[tuple, dict]:
     """{(row, stream, seed): record} of the cells of a sweep that have been run."""
-    path = RESULTS / f"{name}.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {(r["row"], r["stream"], r["seed"]): r for r in map(json.loads, lines)}
+    path = SWEEPS[name].records / f"{name}.jsonl"
+    lines = read_json(path) if path.exists() else []
+    return {(r["row"], r["stream"], r["seed"]): r for r in lines}
 
 
 def load(name: str) -> dict:
@@ -59,37 +62,35 @@ def load(name: str) -> dict:
 
 
 def position(name: str, cell: tuple) -> tuple:
-    """Records are sorted by row, stream and seed."""
-    row, stream, seed = cell
-    return list(SWEEPS[name].rows).index(row), SWEEPS[name].streams.index(stream), seed
+    """Records are sorted by row, stream and seed; streams of an earlier command come last."""
+    (row, stream, seed), streams = cell, SWEEPS[name].streams
+    return list(SWEEPS[name].rows).index(row), [*streams, stream].index(stream), seed
 
 
 def add(name: str, cell: tuple, folder: Path) -> None:
-    """Add a finished run to its sweep. The file is replaced as a whole: a kill cannot tear it."""
+    """Add a finished run to its sweep. InputError if it is the run of another cell, or none."""
     with LOCK:
         done = read(name)
         if cell in done:  # it was run again for its experts
             return
-        done[cell] = line_of(cell[0], json.loads((folder / "summary.json").read_text()))
+        done[cell] = line_of(cell[0], read_json(folder / "summary.json", dict))
+        if cell[1:] != (was := (done[cell]["stream"], done[cell]["seed"])):
+            raise InputError(f"{folder} has stream and seed {was}: the script must heed its flags")
         lines = [json.dumps(done[key]) for key in sorted(done, key=lambda key: position(name, key))]
-        part = RESULTS / f"{name}.jsonl.part"
-        part.write_text("\n".join(lines) + "\n")
-        os.replace(part, RESULTS / f"{name}.jsonl")
+        write_text(SWEEPS[name].records / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
 def run_cell(name: str, cell: tuple, command: str) -> str:
-    """Run a cell and add its record; returns "" or what went wrong.
-
-    A killed run is resumed, a finished one ends immediately, and one with other settings is
-    refused: the scripts do that.
-    """
+    """Run a cell and add its record; returns "" or what went wrong. The scripts resume a killed
+    run, end immediately if it is finished and refuse one with other settings."""
     words = shlex.split(command)
     folder = Path(words[-1])
     if (folder / "args.json").exists():
         words.append("--resume")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # a script may lie anywhere
     with open(f"{folder}.log", "a") as log:
-        code = subprocess.call([sys.executable, *words], stdout=log, stderr=log)
+        code = subprocess.call([sys.executable, *words], stdout=log, stderr=log, env=env)
     if code:
         return f"python {command}\n  ended with exit code {code}, see {folder}.log"
     add(name, cell, folder)
@@ -112,13 +113,59 @@ def run_sweep(name: str) -> None:
         raise InputError("\n".join(filter(None, failed)))
 
 
-def main() -> None:
+OWN = ("--flags", "--shared", "--streams", "--seeds")  # belong to --script
+DATA = "--data --model --order --limit --limit_test --skip_missing --hold_out --imbalance".split()
+
+
+def own(script: str, flags="", shared="", streams="domains", seeds="0-2") -> str:
+    """Add the sweep of a script beside sequential LoRA; returns its name, in which a digest stands
+    for the script's content and all flags. InputError if one of them makes no sense."""
+    path, names = Path(script), list(dict.fromkeys(streams.split(",")))
+    if path.suffix != ".py" or not path.is_file():
+        raise InputError(f"--script {script} is no Python file (.py): give its path from {ROOT}")
+    try:
+        flags, shared = (shlex.join(shlex.split(text)) for text in (flags, shared))
+    except ValueError as error:
+        raise InputError(f"--flags {flags!r}, --shared {shared!r}: {error}") from None
+    if unfair := set(DATA).intersection(re.split("[ =]", flags)):
+        raise InputError(f"--flags has {min(unfair)}: both rows need it, so move it to --shared")
+    if unknown := [name for name in names if not (name in STREAMS or os.path.isdir(name))]:
+        raise InputError(f"--streams has {unknown[0]!r}: use {', '.join(STREAMS)}, or folders")
+    parts = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part) for part in seeds.split(",")]
+    spans = [range(int(p[1]), int(p[2] or p[1]) + 1) if p else () for p in parts]
+    numbers = sorted(set().union(*spans))
+    if not all(spans) or len(numbers) > 10:  # eval.paired ends there
+        raise InputError(f"--seeds {seeds!r} must be like 0-4 or 0,2,5, and at most ten")
+    row = f"{path.name} {flags}".strip()
+    rows = {"sequential": f"baselines.py {shared} --method sequential"}
+    rows[row] = f"{shlex.quote(script)} {shared} {flags}"
+    rows = {label: line.replace("{", "{{").replace("}", "}}") for label, line in rows.items()}
+    digest = hashlib.sha256(f"{row}\n{shared}\n".encode() + path.read_bytes()).hexdigest()
+    name = re.sub(r"[^\w.]+", "-", f"{path.stem} {flags}".strip())[:40] + f"-{digest[:8]}"
+    SWEEPS[name] = Sweep(names, numbers, rows, records=Path("runs/own"), runs=Path("runs/own"))
+    return name
+
+
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     names = [*SWEEPS, *tables.TABLES]
-    parser.add_argument("name", choices=names, metavar="NAME", help=f"one of {', '.join(names)}")
+    parser.add_argument("name", nargs="?", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--table", action="store_true", help="print the tables only")
     parser.add_argument("--list", action="store_true", help="print the commands only")
-    args = parser.parse_args()
+    add = parser.add_argument_group("your own script (docs/baselines.md)").add_argument
+    about = "compare it with sequential LoRA; it must know --stream --seed --threads --out --resume"
+    add("--script", metavar="FILE", help=about)
+    add("--flags", help='its flags, such as "--alpha 3"')
+    add("--shared", metavar="FLAGS", help='flags of both rows, such as "--limit 160"')
+    add("--streams", metavar="A,B", help="names or folders (default: domains)")
+    add("--seeds", help="such as 0-4 or 0,2,5 (default: 0-2)")
+    words = ["", *(sys.argv[1:] if argv is None else argv)]
+    # behind a blank argparse takes "--blind" for the text of --flags
+    args = parser.parse_args([" " * (a in OWN[:2]) + b for a, b in zip(words, words[1:])])
+    given = {flag[2:]: x for flag in OWN if (x := getattr(args, flag[2:])) is not None}
+    if bool(args.name) == bool(args.script) or (args.name and given):
+        parser.error(f"give NAME, or --script with any of {', '.join(OWN)}")
+    args.name = args.name or own(args.script, **given)
     if args.name in tables.TABLES:
         print(tables.TABLES[args.name]({name: load(name) for name in SWEEPS}))
     elif args.list:

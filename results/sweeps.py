@@ -4,10 +4,9 @@ Braces in a command depend on the stream: {lr}, {twice}, {experts}, and those of
 """
 
 import re
+import shlex
 from pathlib import Path
 from typing import NamedTuple
-
-RUNS = Path("runs/sweep")
 
 
 class Sweep(NamedTuple):
@@ -18,6 +17,8 @@ class Sweep(NamedTuple):
     rows: dict[str, str]  # {label: command}
     flags: str = ""  # added to every command
     threads: str = "--threads 1"
+    records: Path = Path(__file__).resolve().parent  # of NAME.jsonl
+    runs: Path = Path("runs/sweep")  # of NAME/ with the run folders
 
 
 def vary(label: str, command: str, values) -> dict[str, str]:
@@ -128,17 +129,12 @@ MR_LORA = {
     "joint": JOINT,
     "MR-LoRA": "mllm_cl.py",
     "MR-LoRA, all images": "mllm_cl.py --no-blind_shots --experts {experts}",
-    "MR-LoRA, generate": "mllm_cl.py --router generate --experts {experts}",
-    "MR-LoRA, prototype": "mllm_cl.py --router prototype --experts {experts}",
-    "MR-LoRA, oracle": "mllm_cl.py --router oracle --experts {experts}",
 }
-SHOTS = {  # whatever is kept, the router trains on 200 samples per task
-    "20 shots": "mllm_cl.py",
-    "1 shots": "mllm_cl.py --shots 1 --router_epochs 200 --experts {experts}",
-    "5 shots": "mllm_cl.py --shots 5 --router_epochs 40 --experts {experts}",
-    "10 shots": "mllm_cl.py --shots 10 --router_epochs 20 --experts {experts}",
-    "50 shots": "mllm_cl.py --shots 50 --router_epochs 4 --experts {experts}",
-}
+for router in ("generate", "prototype", "oracle"):
+    MR_LORA[f"MR-LoRA, {router}"] = f"mllm_cl.py --router {router} --experts {{experts}}"
+SHOTS = {"20 shots": "mllm_cl.py"}
+for n in (1, 5, 10, 50):  # whatever is kept, the router trains on 200 samples per task
+    SHOTS[f"{n} shots"] = f"mllm_cl.py --shots {n} --router_epochs {200 // n} --experts {{experts}}"
 
 DEFAULT = {"ASR": "asr.py", "sequential": "asr.py --beta 0 --gamma 0"}  # what a new user runs first
 REGIME = {"sequential": SEQUENTIAL, "zero-shot": ZERO_SHOT, "joint": f"{JOINT} --blind"}
@@ -184,8 +180,8 @@ def source(name: str) -> str:
 
 
 def folder_of(name: str, row: str, stream: str, seed: int) -> Path:
-    label = re.sub(r"[^\w.]+", "-", row)
-    return RUNS / name / f"{label}-{stream}-{seed}"
+    label = re.sub(r"[^\w.]+", "-", f"{row}-{stream}-{seed}")
+    return SWEEPS[name].runs / name / label
 
 
 def cells(name: str) -> dict[tuple, str]:
@@ -197,8 +193,8 @@ def cells(name: str) -> dict[tuple, str]:
             fill |= {"lr": LR.get(stream), "twice": TWICE.get(stream)}
             fill |= {"experts": folder_of(name, source(name), stream, seed)}
             for row, command in sweep.rows.items():
-                flags = f"{sweep.flags} --stream {stream} --seed {seed} {sweep.threads}"
-                folder = folder_of(name, row, stream, seed)
-                line = f"{command} {flags} --out {folder}".format(**fill)
-                commands[row, stream, seed] = " ".join(line.split())
+                line = f"{command} {sweep.flags}".format(**fill)
+                line += f" --stream {shlex.quote(stream)} --seed {seed} {sweep.threads}"
+                line += f" --out {folder_of(name, row, stream, seed)}"
+                commands[row, stream, seed] = shlex.join(shlex.split(line))
     return commands

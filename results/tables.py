@@ -14,6 +14,7 @@ import plot
 from eval import compared, grid, mean_std, paired, show
 
 RESULTS = Path(__file__).parent
+KEEP_NOTHING = "asr cram mllm_cl zeroshot sequential ewc lwf olora moelora hide".split()
 
 
 def details(record: dict) -> dict[str, float | None]:
@@ -25,8 +26,9 @@ def details(record: dict) -> dict[str, float | None]:
     stored = stored[-1] if isinstance(stored, list) else stored
     full = record.get("per_rank", math.nan) * args["rank"] * T  # cram.py: a LoRA of rank r per task
     energy = [share for share in record.get("energy", []) if share is not None]
-    kept = {"replay": args.get("buffer"), "joint": math.nan}.get(args.get("method"), 0)
-    if args.get("router", "oracle") != "oracle":
+    kept = dict.fromkeys(KEEP_NOTHING, 0) | {"replay": args.get("buffer")}  # by method, or script
+    kept = kept.get(args.get("method", record["script"]), math.nan)
+    if record["script"] == "mllm_cl" and args["router"] != "oracle":
         kept = args["shots"]
     return {
         "MFT": record["metrics"]["MFT"],

@@ -13,6 +13,7 @@ from conftest import run_here
 
 import data
 import eval as evaluation
+from files import InputError, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "results"))  # run.py is a script, and imports its neighbors
@@ -22,6 +23,12 @@ SETTINGS = """seed stream method lr epochs batch_size rank alpha targets dropout
     limit_test router beta gamma lambda_ang skills posterior layers shots router_lr buffer
     router_epochs router_batch blind_shots routing reuse fixed_rank grouping sigma_share lambda_orth
     buffer_share tau_alloc""".split()
+
+FAKE = """import sys; from files import read_json, write_json
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+run, seed = read_json("record.json"), int(flags["--seed"]) * ("--deaf" not in flags)
+run["metrics"]["AP"] = 50 + seed + int(flags.get("--gain", 0)) * (1 + seed)
+write_json(flags["--out"] + "/summary.json", run | {"stream": flags["--stream"], "seed": seed})"""
 
 
 def record(stream="one", seed=0, ap=50.0, **facts):
@@ -84,16 +91,14 @@ def test_records_are_those_of_commands_that_scripts_understand(name, monkeypatch
 def test_every_table_is_printed(capsys, monkeypatch):
     monkeypatch.delitem(tables.TABLES, "figures")  # it draws
     for name in (*tables.TABLES, "cram"):
-        monkeypatch.setattr(sys, "argv", ["run.py", name, "--table"])
-        run.main()
+        run.main([name, "--table"])
         assert capsys.readouterr().out.count("\n|") > 3
 
 
 def test_a_missing_cell_is_run_and_added_once(stream_folder, tiny_folder, tmp_path, monkeypatch):
     command = f"{ROOT / 'baselines.py'} --method zeroshot --model {tiny_folder}"
-    sweep = sweeps.Sweep(["toy"], [0], {"zero-shot": command})
+    sweep = sweeps.Sweep(["toy"], [0], {"zero-shot": command}, records=tmp_path)
     monkeypatch.setitem(sweeps.SWEEPS, "try", sweep)
-    monkeypatch.setattr(run, "RESULTS", tmp_path)
     monkeypatch.chdir(tmp_path)
     Path("toy").symlink_to(stream_folder)
     started = []
@@ -115,3 +120,23 @@ def test_a_missing_cell_is_run_and_added_once(stream_folder, tiny_folder, tmp_pa
     run.run_sweep("try")  # the run is there, and only its record is made again
     assert Path("try.jsonl").read_text() == f"{line}\n" and started[1][-1] == "--resume"
     assert len(started) == 2
+
+
+def test_one_command_compares_a_script_of_the_reader(tmp_path, monkeypatch, capsys):
+    def out(flags=""):
+        words = f"--script far/mine.py --streams 'ucit,my own' --flags '--gain 4' {flags}"
+        run.main(shlex.split(words))
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("baselines.py", "far/mine.py", "my own/train.json", "record.json"):
+        write_text(name, FAKE if name.endswith("py") else json.dumps(record()))
+    done, _, table = out().split("`--stream ")  # the three differences are 4, 8 and 12
+    assert lines_of(table.split("\n\n")[1])["mine.py --gain 4"][2] == "+8.0 [-1.9, +17.9]"
+    assert done.count("done") == 12 and out("--seeds 0-3 --streams 'my own'").count("done") == 2
+    wrong = {"--seeds 2-1": "0-4", "--streams x": "vqacl", "--flags --limit=9": "--shared"}
+    for flags, words in (wrong | {"--flags '--deaf 1' --seeds 1": "stream and seed"}).items():
+        with pytest.raises(InputError, match=words):
+            out(flags)
+    write_text("far/mine.py", FAKE + "# another version")
+    assert out("--table").count("missing 0, 1, 2") == 4
