@@ -52,7 +52,7 @@ from scorers import ALL_GOLDS, RULES
 
 ROOT = Path(__file__).resolve().parent
 # Pictures of the reader's own are new to the tiny model: it needs steps, however few samples there
-# are, and a higher rate. Both were tried on handwritten digits and simple pictures (docs/real.md).
+# are, and a higher rate (tests/test_own.py: handwritten digits and simple pictures).
 OWN = {"tiny": {"epochs": None, "lr": 2e-3}}
 OWN_STEPS = 175  # of a stage, about
 MINI_SOURCES = ("draw.py", "tasks.py", "streams.py", "sprites.png")  # what a drawing depends on

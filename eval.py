@@ -286,7 +286,9 @@ class Run:
                 file.write(json.dumps(line) + "\n")
         self.lap(values.get("phase", "train"))
         parts = [f"{key} {x:.3f}" for key, x in values.items() if key not in NOT_IN_THE_BAR and x]
-        self.bar.set_postfix_str(f"{', '.join(parts)}; about {self.left(t)} left in all", refresh=False)
+        self.bar.set_postfix_str(
+            f"{', '.join(parts)}; about {self.left(t)} left in all", refresh=False
+        )
 
     def test(self, t, answer, whole=False):
         """Fill row t of the matrix: answer(samples) on every stage seen so far; see `evaluate`.

@@ -42,7 +42,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from attention import one_pass_per_block
 from data import TARGETS, Collator, text_config
 from features import FeatureCache
-from files import InputError, damaged, progress, write_bytes, write_json
+from files import InputError, damaged, progress, silent, write_bytes, write_json
 
 # ---- 1. LLaVA ------------------------------------------------------------------------------------
 
@@ -388,6 +388,8 @@ def digest(tensors):
 
 def write_state(path, state):
     """torch.save, the whole file or nothing."""
+    if silent():
+        return
     content = io.BytesIO()
     torch.save(state, content)
     write_bytes(path, content.getbuffer())
