@@ -269,7 +269,7 @@ class Run:
         done = sum(train[:t] + test[:t]) + train[t] * (self.step - self.before) / self.bar.total
         self.done = max(self.done, done, 1)  # two halves of a stage both count from 0
         left = sum(self.seconds.values()) * (sum(train + test) / self.done - 1)
-        return f"{left / 60:.0f} min" if left > 60 else f"{left:.0f} s"
+        return f"about {left / 60:.0f} min left in all" if left > 60 else f"about {left:.0f} s left"
 
     def log(self, t, **values):
         """A line of metrics.jsonl. InputError if the loss is not finite; the checkpoint stays."""
@@ -286,9 +286,7 @@ class Run:
                 file.write(json.dumps(line) + "\n")
         self.lap(values.get("phase", "train"))
         parts = [f"{key} {x:.3f}" for key, x in values.items() if key not in NOT_IN_THE_BAR and x]
-        self.bar.set_postfix_str(
-            f"{', '.join(parts)}; about {self.left(t)} left in all", refresh=False
-        )
+        self.bar.set_postfix_str(f"{', '.join(parts)}; {self.left(t)}", refresh=False)
 
     def test(self, t, answer, whole=False):
         """Fill row t of the matrix: answer(samples) on every stage seen so far; see `evaluate`.
