@@ -318,7 +318,7 @@ def asr_spectra(skills, path):
         panels[title] = 100 * np.array(changes)
     bound = max(0.1, *(np.nanmax(abs(values)) for values in panels.values()))
     labels = "", "bin", "change of the share of power (points)"
-    heat_maps(panels, (list(skills), range(1, 9)), labels, (-bound, bound), path, digits=1)
+    heat_maps(panels, (numbered(skills, 24), range(1, 9)), labels, (-bound, bound), path, 1)
 
 
 def asr_distance(runs, path):

@@ -103,11 +103,10 @@ def mark(row: dict) -> str:
 
 
 def expert(facts: dict, names: list[str], t: int, i: int, k: int) -> str:
-    """The expert that weighs most for question k of stage i after stage t, with its share."""
+    """The expert that weighs most for question k of stage i after stage t; "" without experts."""
     for name in ("weights", "probability"):  # of cram.py, of mllm_cl.py
         if f"{t + 1}-{i + 1}-{name}" in facts:
-            shares = facts[f"{t + 1}-{i + 1}-{name}"][k]
-            return f"{names[shares.argmax()]} ({100 * shares.max():.0f}%)"
+            return names[facts[f"{t + 1}-{i + 1}-{name}"][k].argmax()]
     return ""
 
 
