@@ -294,12 +294,26 @@ class StackedLoRALinear(LoRALinear):
 
     def forward(self, x):
         y = self.base(x)
+        if not self.on:
+            return y
         alone = self.alone and self.training
         A, B = (self.A, self.B) if alone else self.all_pairs()
         h = linear(dropout(x, self.dropout, self.training), A.to(x.dtype)) * self.scale
         if self.weights is not None and not self.training:  # h [B, S, n r]
             h = h * self.weights.repeat_interleave(len(self.A), 1)[:, None].to(x.dtype)
         return y + linear(h, B.to(x.dtype))
+
+
+def save_stack(llava, names, folder):
+    """Write the LoRA of every stage into a folder of its own."""
+    for k, name in enumerate(names):
+        state = {}
+        for path, layer in llava.layers.items():
+            rows = slice(k * len(layer.A), (k + 1) * len(layer.A))
+            A, B = (x.detach().cpu() for x in layer.all_pairs())
+            state[f"{path}.lora_A.weight"] = A[rows].clone()
+            state[f"{path}.lora_B.weight"] = B[:, rows].clone()
+        llava.save_lora(folder / name, state)
 
 
 class OLoRA(Sequential):
@@ -388,14 +402,7 @@ class HiDe(OLoRA):
         return super().stored() + sum(x.numel() for pair in self.anchors for x in pair)
 
     def save(self, folder):  # a folder each: what they add up to depends on the question
-        rank = self.args.rank
-        for k, stage in enumerate(self.stages):
-            state = {}
-            for path, layer in self.llava.layers.items():
-                A, B = (x.detach() for x in layer.all_pairs())
-                state[f"{path}.lora_A.weight"] = A[k * rank : (k + 1) * rank].clone()
-                state[f"{path}.lora_B.weight"] = B[:, k * rank : (k + 1) * rank].clone()
-            self.llava.save_lora(folder / stage.name, state)
+        save_stack(self.llava, [stage.name for stage in self.stages], folder)
 
 
 class MoELoRALinear(torch.nn.Module):

@@ -558,8 +558,7 @@ def table(matrix, stages: list[str], markdown: bool = False) -> str:
 
 
 # flags that change no number except by rounding, and the seed, over which runs are averaged
-NO_LABEL = {"seed", "out", "resume", "plot", "report", "data", "device", "threads"}
-NO_LABEL |= {"eval_batch_size"}
+NO_LABEL = set("seed out resume plot report data device threads eval_batch_size".split())
 
 
 def kind_of(record):

@@ -2,6 +2,7 @@
 
     FeatureCache         LLaVA's own tower: every image file goes through it once
     question_and_image   one vector per question and per image, by LLaVA's own frozen parts
+    frozen_features      the same as one vector of two unit lengths, without the suffix
     ClipFeatures         the same by a CLIP model, as in CRAM's public code
 
 Letters in shapes: B batch, P image patches, C width of the tower, d width of a question's vector,
@@ -76,6 +77,21 @@ def question_and_image(llava, batch, missing=math.nan):
     center = llava.model.get_input_embeddings().weight.mean(0, dtype=torch.float32)
     u = llava.text_means([sample.question for sample in batch["samples"]]) - center
     return u, llava.image_means(batch, missing)
+
+
+def asked(sample):
+    """The question without its suffix, which may tell the form of the answer."""
+    if not sample.suffix:
+        return sample.question
+    return sample.question.removesuffix(sample.suffix).rstrip()
+
+
+def frozen_features(llava, batch):
+    """[B, d]: mean tower feature of the image and mean token embedding of the question without its
+    suffix, each of unit length; zeros for a missing image."""
+    images = llava.image_means(batch, 0.0)
+    texts = llava.text_means([asked(sample) for sample in batch["samples"]])
+    return torch.cat([F.normalize(images), F.normalize(texts)], 1).cpu()
 
 
 class ClipFeatures:

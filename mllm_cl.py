@@ -44,6 +44,7 @@ import data
 import plot
 from benchmarks import LETTERS
 from eval import SAVE_EVERY, Run, accuracy, evaluate, grid, read_run, set_random_state, show
+from features import asked, frozen_features
 from files import InputError, input_errors, progress
 from model import LLaVA, read_lora, seed_by, share_out
 
@@ -134,13 +135,6 @@ def router_samples(samples, tasks, descriptions, letters):
     ]
 
 
-def asked(sample):
-    """The question without its suffix, which may tell the form of the answer."""
-    if not sample.suffix:
-        return sample.question
-    return sample.question.removesuffix(sample.suffix).rstrip()
-
-
 def letter_ids(collate, sample, letters):
     """The tokens that tell the letters apart, [k], and their place in the answer, counted from 0.
 
@@ -174,14 +168,6 @@ def letter_logits(llava, batch, ids, place):
     logits = llava.forward(batch).logits  # [N, V], sample after sample
     length = (batch["labels"][:, 1:] != -100).sum(1)
     return logits[length.cumsum(0) - length + place][:, ids].float().cpu()
-
-
-def frozen_features(llava, batch):
-    """[B, d] for --router prototype: mean tower feature of the image and mean token embedding of
-    the question, each of unit length; zeros for a missing image."""
-    images = llava.image_means(batch, 0.0)
-    texts = llava.text_means([asked(sample) for sample in batch["samples"]])
-    return torch.cat([F.normalize(images), F.normalize(texts)], 1).cpu()
 
 
 # ---- 3. The memory: experts, and a few samples of every task -------------------------------------
@@ -350,17 +336,22 @@ def cross(llava, team, stages, run):
     return {"cross": table}
 
 
+def sent(facts, T):
+    """Where questions went, [stage, task, chosen expert], and the share (%) that went right."""
+    confusion = np.zeros((T, T, T))
+    for t, i in zip(*np.tril_indices(T)):
+        confusion[t, i] = np.bincount(facts[f"{t + 1}-{i + 1}-choice"], minlength=T)
+    accuracy = [100 * np.trace(counts) / counts.sum() for counts in confusion]
+    return {"confusion": confusion, "routing_accuracy": accuracy}
+
+
 def summary(run, team, lora):
     """For the record: who was sent where after each stage, what is stored, what it cost."""
     T, each = len(team.experts), sum(p.numel() for p in lora)
-    confusion = np.zeros((T, T, T))  # [stage, task, chosen expert]
-    for t, i in zip(*np.tril_indices(T)):
-        confusion[t, i] = np.bincount(run.facts[f"{t + 1}-{i + 1}-choice"], minlength=T)
     return {
         "trainable_parameters": each,
         "stored_parameters": each * (T + (T > 1 and run.args.router in ("mllm", "generate"))),
-        "confusion": confusion,
-        "routing_accuracy": [100 * np.trace(c) / c.sum() for c in confusion],
+        **sent(run.facts, T),
         "cost": dict(team.cost),
         "letters": letters_of(T, run.args.seed),
     }

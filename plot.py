@@ -64,8 +64,7 @@ def numbered(names, most=14):
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv<P"
 STYLE = {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8}
-STYLE |= {"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
-STYLE |= {"text.parse_math": False}  # "$5" is money
+STYLE |= {"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "text.parse_math": False}
 
 
 def new_figure(rows=1, columns=1, height=4.2, **options):
@@ -117,9 +116,9 @@ def lines(panels, x, y, path, **options):
         axis.xaxis.get_major_locator().set_params(integer=True, steps=(1, 2, 5, 10))
         axis.set(title=textwrap.fill(title, 78 // len(panels)), xlabel=x, **options)
     axes[0, 0].set_ylabel(y)
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    columns = 4 if max(map(len, names)) < 18 else 1
-    figure.legend(handles, names, loc="outside lower center", ncols=columns)
+    columns = 4 if max(map(len, curves)) < 18 else 1
+    entries = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*entries, loc="outside lower center", ncols=columns)
     figure.savefig(path)
 
 
@@ -139,8 +138,7 @@ def bars(groups, columns, path):
 
 
 def scatter(panels, path, scale="linear"):
-    """A panel of dots per entry (title, x, y, {label: (x values, y values)}). Pearson's r, too, if
-    the scale is linear."""
+    """A panel of dots per entry (title, x, y, {label: (xs, ys)}); if linear with Pearson's r."""
     figure, axes = new_figure(1, len(panels))
     for axis, (title, x, y, groups) in zip(axes[0], panels):
         for k, (label, dots) in enumerate(groups.items()):
@@ -151,6 +149,8 @@ def scatter(panels, path, scale="linear"):
         axis.set(title=title, xlabel=x, ylabel=y, xscale=scale)
         if scale == "linear":
             axis.locator_params(axis="x", nbins=5)
+        else:
+            axis.xaxis.set(major_formatter="{x:.0e}", minor_formatter="")
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18))
     figure.savefig(path)
 
@@ -446,7 +446,7 @@ def mllm_cl(folders, path=None):
     steps = ("router", "routing")  # training routers, and routing
     columns["seconds of routers"] = lambda r: sum(r["seconds_by_part"].get(k, 0) for k in steps)
     shots = {}
-    for records in groups.values():
+    for records in (g for g in groups.values() if "shots" in g[0]["args"]):  # not of experts.py
         args = records[0]["args"]
         point = args["shots"], np.mean([r["routing_accuracy"][-1] for r in records])
         name = f"router {args['router']}, blind_shots {args['blind_shots']}"
@@ -461,7 +461,7 @@ def mllm_cl(folders, path=None):
 def draw(folders, path=None):
     """The figures of the script that made all these runs, or what every script has."""
     scripts = {read_run(folder)["script"] for folder in folders}
-    known = {"asr": asr, "cram": cram, "mllm_cl": mllm_cl}
+    known = {"asr": asr, "cram": cram, "mllm_cl": mllm_cl, "experts": mllm_cl}
     figures = known.get(min(scripts), baselines) if len(scripts) == 1 else baselines
     with damaged(" ".join(map(str, folders))):
         return figures(folders, path)

@@ -92,6 +92,8 @@ RATE_SEARCH = (
     | vary(f"{ORACLE}, lr", "mllm_cl.py --router oracle --lr", RATES[1:])
     | vary("joint, lr", f"{JOINT} --lr", RATES[1:])
 )
+# experts that begin as a mean of earlier ones: rates for seed 5
+WARM_SEARCH = vary("mean, lr", "experts.py --start mean --lr", RATES[2:])
 ROUTER_SEARCH = vary("steps of", "mllm_cl.py --lr {chosen} --router_batch", (16, 4))
 
 # without L_geo, for every kind of skills; then at ten times the paper's weight
@@ -165,6 +167,7 @@ SWEEPS = {
     "all": Sweep([*CUT, "dcl", "acl"], range(5), METHODS, "{cut}"),
     "all-baselines": Sweep([*CUT, "dcl", "acl"], range(3), BASELINES, "{cut}"),
     "rate-all": Sweep(CUT, [5], RATE_SEARCH, "{cut}"),
+    "rate-experts": Sweep([*CUT, "dcl", "acl"], [5], WARM_SEARCH, "{cut}"),
     "search-router": Sweep(["vqacl"], [5], ROUTER_SEARCH, "{cut}"),
     "search-baselines": Sweep(["vqacl", "dcl"], [5], BASELINE_SEARCH, "{cut}"),
     "vqacl-reversed": Sweep(["vqacl"], range(3), VQACL_ORDERS, "{cut} --order reverse"),

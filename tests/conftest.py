@@ -108,7 +108,8 @@ def run_here(script, flags, out, figures=False):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "load_llava", lambda *args: copy.deepcopy(load_llava(*args)))
         if not figures:
-            patch.setattr(plot, script, lambda folders: None)
+            drawn = {"experts": "mllm_cl"}.get(script, script)
+            patch.setattr(plot, drawn, lambda folders: None)
         module.main(module.parse([*flags, "--out", str(out)]))
     return out
 

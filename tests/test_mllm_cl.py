@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity, normalize
 import data
 import eval as evaluation
 import mllm_cl
+from features import frozen_features
 
 NAMES = ["one", "two", "three"]
 LINES = ["signs", "maps", "charts"]
@@ -148,7 +149,7 @@ def test_the_routers(tiny, team, samples, monkeypatch):
         wanted = {0: np.eye(3)[2], 3: np.eye(3)[0]}.get(place % 4, mllm[n])
         np.testing.assert_allclose(generate[n], wanted, atol=1e-5)
     assert team.cost["failures"] == 5
-    features = mllm_cl.frozen_features(tiny, tiny.batch(samples, train=True))
+    features = frozen_features(tiny, tiny.batch(samples, train=True))
     image = tiny.features([samples[0].image])[0].mean(0)
     text = tiny.text_means([samples[0].question])
     wanted = torch.cat([normalize(image, dim=0), normalize(text)[0]])
