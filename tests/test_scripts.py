@@ -29,6 +29,7 @@ import baselines
 import cram
 import data
 import eval as evaluation
+import experts
 import mllm_cl
 import plot
 
@@ -36,11 +37,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a fork cannot use the GPU of its pare
 
 ROOT = Path(data.__file__).parent
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {"asr": asr, "cram": cram, "mllm_cl": mllm_cl, "baselines": baselines}
+SCRIPTS = {"asr": asr, "cram": cram, "mllm_cl": mllm_cl, "experts": experts}
+SCRIPTS |= {"baselines": baselines}
 FLAGS = {
     "asr": "--skills parser",
     "cram": "--rank 4 --targets q,v --buffer_share 0.5 --published 7",
     "mllm_cl": "--shots 3 --router_epochs 2 --router_batch 4",
+    "experts": "--start alike",
     "joint": "--blind",
     "replay": "--buffer 2",
     "ewc": "--ewc_lambda 1e4",
@@ -48,7 +51,7 @@ FLAGS = {
 }
 METHODS = list(baselines.METHODS)
 # What a method keeps from stage to stage must survive a kill, and be equal in all processes.
-WITH_STATE = ["asr", "cram", "mllm_cl", "ewc", "lwf", "olora", "hide"]
+WITH_STATE = ["asr", "cram", "mllm_cl", "experts", "ewc", "lwf", "olora", "hide"]
 STEPS = {"replay": 4 + 5 + 6, "zeroshot": 0, "mllm_cl": 3 * 4 + 4 + 6}  # the others: 3 * 4
 
 
@@ -109,11 +112,11 @@ def small(flags):
 def runs(small, tmp_path_factory):
     """name -> folder of its uninterrupted run, made once."""
     home = tmp_path_factory.mktemp("runs")
-    drawn = ("asr", "cram", "mllm_cl", "sequential")
+    drawn = ("asr", "cram", "mllm_cl", "experts", "sequential")
     return cache(lambda name: run_named(name, small, home / name, name in drawn))
 
 
-@pytest.mark.parametrize("name", [*WITH_STATE[:3], *METHODS])
+@pytest.mark.parametrize("name", [*WITH_STATE[:4], *METHODS])
 def test_a_run_leaves_its_record_and_figures(name, runs):
     run, lines = runs(name), lines_of(runs(name))
     assert [line["step"] for line in lines] == list(range(1, STEPS.get(name, 12) + 1))
@@ -127,11 +130,12 @@ def test_a_run_leaves_its_record_and_figures(name, runs):
     assert {path.name for path in (run / "predictions").iterdir()} == cells
     assert evaluation.rescore(run) == []
     assert (record["trainable_parameters"] == 0) == (name == "zeroshot")
-    grows = name in ("asr", "mllm_cl", "ewc", "olora", "hide")
+    grows = name in ("asr", "mllm_cl", "experts", "ewc", "olora", "hide")
     assert (np.max(record["stored_parameters"]) > np.max(record["trainable_parameters"])) == grows
     assert record["script"] == script_of(name)[0] and record["seconds"] > 0
     figures = {path.name for path in run.glob("figures/*") if path.stat().st_size > 5000}
-    assert len(figures) == {"asr": 9, "cram": 7, "mllm_cl": 5, "sequential": 3}.get(name, 0)
+    counts = {"asr": 9, "cram": 7, "mllm_cl": 5, "experts": 5, "sequential": 3}
+    assert len(figures) == counts.get(name, 0)
     assert not figures or {"accuracy.png", "matrix.png", "loss.png"} <= figures
     assert (run / "report.html").stat().st_size > 5000
     assert bool(list(run.rglob("*.safetensors"))) == (name not in ("zeroshot", "cram"))
@@ -193,7 +197,7 @@ def test_two_processes_are_one(small, tmp_path, capfd):
     It forks its processes here, else they would spend most of their time importing torch.
     """
     flags = "--dropout 0 --epochs 2 --batch_size 4 --accumulate 2 --limit 6 --order one,two"
-    flags, names = [*small, *flags.split()], ["asr", "mllm_cl", "ewc"]
+    flags, names = [*small, *flags.split()], ["asr", "mllm_cl", "experts", "ewc"]
     run_several(names, flags, tmp_path / "one")
     assert capfd.readouterr().out.count("everything is in") == len(names)
     options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0}
