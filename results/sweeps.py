@@ -92,8 +92,13 @@ RATE_SEARCH = (
     | vary(f"{ORACLE}, lr", "mllm_cl.py --router oracle --lr", RATES[1:])
     | vary("joint, lr", f"{JOINT} --lr", RATES[1:])
 )
-# experts that begin as a mean of earlier ones: rates for seed 5
+# experts.py: rates for experts that begin as a mean (seed 5), beginnings, routers without experts
 WARM_SEARCH = vary("mean, lr", "experts.py --start mean --lr", RATES[2:])
+EXPERTS = "experts.py --lr {chosen}"
+STARTS = vary("", f"{EXPERTS} --start", ("fresh", "last", "mean", "alike"))
+ROUTERS = vary("LDA,", "experts.py --features", ("both", "image", "question", "last"))
+ROUTERS["cosine, both"] = "experts.py --router cosine"
+UNTRAINED = "{cut} --untrained --max_new_tokens 1"
 ROUTER_SEARCH = vary("steps of", "mllm_cl.py --lr {chosen} --router_batch", (16, 4))
 
 # without L_geo, for every kind of skills; then at ten times the paper's weight
@@ -168,6 +173,8 @@ SWEEPS = {
     "all-baselines": Sweep([*CUT, "dcl", "acl"], range(3), BASELINES, "{cut}"),
     "rate-all": Sweep(CUT, [5], RATE_SEARCH, "{cut}"),
     "rate-experts": Sweep([*CUT, "dcl", "acl"], [5], WARM_SEARCH, "{cut}"),
+    "experts-start": Sweep([*CUT, "dcl", "acl"], range(3), STARTS, "{cut}"),
+    "experts-router": Sweep([*CUT, "dcl", "acl"], [0], ROUTERS, UNTRAINED),
     "search-router": Sweep(["vqacl"], [5], ROUTER_SEARCH, "{cut}"),
     "search-baselines": Sweep(["vqacl", "dcl"], [5], BASELINE_SEARCH, "{cut}"),
     "vqacl-reversed": Sweep(["vqacl"], range(3), VQACL_ORDERS, "{cut} --order reverse"),
