@@ -94,7 +94,7 @@ RATE_SEARCH = (
 )
 # experts.py: rates for experts that begin as a mean (seed 5), beginnings, routers without experts
 WARM_SEARCH = vary("mean, lr", "experts.py --start mean --lr", RATES[2:])
-EXPERTS = "experts.py --lr {chosen}"
+EXPERTS = "experts.py --lr 4e-3"  # the best of sweep rate-experts on the mean
 STARTS = vary("", f"{EXPERTS} --start", ("fresh", "last", "mean", "alike"))
 ROUTERS = vary("LDA,", "experts.py --features", ("both", "image", "question", "last"))
 ROUTERS["cosine, both"] = "experts.py --router cosine"
