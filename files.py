@@ -10,6 +10,7 @@ progress           a bar; a line a minute in a log file; peak_memory, versions
 """
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -23,11 +24,6 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows has other locks
-    fcntl = None
 
 
 class InputError(Exception):
@@ -58,8 +54,8 @@ def input_errors():
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
             raise
-        sentence = "error: out of memory: lower --batch_size (or raise --accumulate) and "
-        sentence += f"--eval_batch_size ({str(error).splitlines()[:1]})"
+        reason = str(error).partition("\n")[0] or "out of memory"
+        sentence = f"error: {reason}; lower --batch_size (or raise --accumulate), --eval_batch_size"
     print(sentence, file=sys.stderr)
     sys.exit(code)
 
@@ -88,7 +84,7 @@ def lock(folder: Path) -> None:
 
     InputError if another process has it. Where the file system knows no locks, a note says so.
     """
-    if folder in locks or not fcntl:
+    if folder in locks:
         return
     file = open(folder / "lock", "w")
     try:
