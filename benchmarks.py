@@ -360,7 +360,7 @@ class Reader:
                 sample.id += f"#{met[sample.id]}"
         if twice := sum(met.values()) - len(met):
             print(
-                f"note: {twice} test questions of {stage} have the id of another: numbered #2, .."
+                f"note: {twice} test questions of {stage} have the id of another: they get #2, .."
             )
 
     def absent(self, name: str, path: Path, images: list[Path], records: int) -> None:

@@ -277,12 +277,8 @@ def load_stream(args, problem: Callable = stop) -> Stream:
         stages.append(Stage(stage, train, test, metric, blocks, 1, rates[k]))
     kinds = {sample.skill == stage.name for stage in stages for sample in stage.train}
     if args.stream not in STREAMS and kinds == {True}:
-        print(
-            'note: no record has a "skill", the kind of its question, so every stage is a kind of'
-        )
-        print(
-            "its own and asr.py has little to hold: add it to the records, or use --skills shared"
-        )
+        print('note: no record says under "skill" what kind of question it is, so each stage has a')
+        print("kind of its own and asr.py little to hold: add it, or use --skills shared")
     set_epochs(stages, args)
     check_lengths(stages + novel, args, problem)
     return Stream(name, stages, root, row, descriptions, novel or None, reader.skipped)
@@ -316,8 +312,9 @@ def check_lengths(stages: list[Stage], args, problem: Callable) -> None:
             texts = sample.question, sample.answer, *itertools.chain(*sample.further)
             if sum(len(text.encode()) for text in texts) <= room - answer:
                 continue
-            processor = AutoProcessor.from_pretrained(args.model)
-            collate = collate or Collator(processor, marks, args.system)
+            if not collate:
+                processor = AutoProcessor.from_pretrained(args.model)
+                collate = Collator(processor, marks, args.system)
             text = collate.text(sample, train=not answer)[0]
             tokens = len(collate.tokenizer(text, verbose=False)["input_ids"]) + answer
             if tokens > most:

@@ -583,7 +583,9 @@ def test_equal_ids_are_numbered_and_passes_follow_from_steps(llava, capsys):
     args.lr = 1e-3
     assert [stage.epochs for stage in data.load_stream(args).stages] == [175, 175] == args.epochs
     out = capsys.readouterr().out
-    assert "--epochs 175,175: about 175 steps a stage" in out and 'no record has a "skill"' in out
+    assert (
+        "--epochs 175,175: about 175 steps a stage" in out and 'no record says under "skill"' in out
+    )
 
 
 def test_one_value_or_one_per_stage(llava):
