@@ -359,9 +359,7 @@ class Reader:
             if met[sample.id] > 1:
                 sample.id += f"#{met[sample.id]}"
         if twice := sum(met.values()) - len(met):
-            print(
-                f"note: {twice} test questions of {stage} have the id of another: they get #2, .."
-            )
+            print(f"note: {twice} test questions of {stage} have another's id: numbered #2, ..")
 
     def absent(self, name: str, path: Path, images: list[Path], records: int) -> None:
         """Count records without their image, or name them as a problem."""
