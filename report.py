@@ -40,7 +40,7 @@ def write(record: dict, stages: list[Stage], pictures: bool = True) -> Path:
     totals = [["stage", "questions", "right after it", "right at the end", "was right, is wrong"]]
     articles, most = [], min(SHOWN, SHOWN_IN_ALL // len(stages))
     for i, stage in enumerate(stages):
-        times = np.flatnonzero(np.isfinite(np.array(record["matrix"], dtype=float)[:, i])).tolist()
+        times = [t for t in range(len(stages)) if predictions_file(folder, t, i).is_file()]
         answers = list(zip(*(read_json(predictions_file(folder, t, i)) for t in times)))
         right = np.array([[is_right(row) for row in rows] for rows in answers])  # [N, times]
         lost = right.any(1) & ~right[:, -1]
@@ -119,7 +119,7 @@ def thumbnails(sample, facts: dict, times: list[int], i: int, k: int) -> str:
     for t in (times[0], times[-1]):
         attention = facts.get(f"{t + 1}-{i + 1}-map", ())
         if k < len(attention):
-            share = Image.fromarray(np.uint8(180 * attention[k] / attention[k].max()))
+            share = Image.fromarray(np.uint8(180 * attention[k] / max(attention[k].max(), 1e-9)))
             red = Image.new("RGB", image.size, (213, 94, 0))
             views[f"looks after {t + 1}"] = Image.composite(red, image, share.resize(image.size))
     cells = []

@@ -35,7 +35,7 @@ def record(samples, tmp_path):
                 for score in right
             ]
             write_predictions(tmp_path, t, i, rows)
-            scores[t, i] = 100 * np.mean(right)
+            scores[t, i] = 100 * np.mean(right) if i < 2 else np.nan  # its golds are no letters
     maps = rng.random((N, 8, 8))
     np.savez(tmp_path / "facts.npz", **{"2-2-map": maps, "3-2-weights": np.eye(3)[[2] * N]})
     (tmp_path / "figures").mkdir()
