@@ -19,26 +19,27 @@ import numpy as np
 from PIL import Image
 
 from data import Stage, pad_square
-from files import load_image, predictions_file, read_json, write_text
+from files import InputError, load_image, predictions_file, read_json, write_text
 
-SHOWN, SHOWN_IN_ALL = 40, 400  # questions of a stage, of a run: so a page stays below 3 MB
+SHOWN, LARGEST = 40, 3_000_000  # questions of a stage; bytes of a page, else half as many questions
 SIDE = 96  # pixels of a thumbnail
 LONGEST = 300  # characters of a text
 
 PAGE = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
 
 
-def write(record: dict, stages: list[Stage], pictures: bool = True) -> Path:
+def write(record: dict, stages: list[Stage], pictures: bool = True, most: int = SHOWN) -> Path:
     """Write report.html into record["folder"], the folder of a run; returns its path.
 
     record: what summary.json will hold, and "folder". stages: in the order learned, with their
-    tests. pictures: with test images, which a license or a patient may forbid to pass on.
+    tests. pictures: with test images, which a license or a patient may forbid to pass on. most:
+    questions of a stage.
     """
     folder = record["folder"]
     names = [f"{i + 1} {name}" for i, name in enumerate(record["stages"])]
     facts = dict(np.load(folder / "facts.npz")) if (folder / "facts.npz").is_file() else {}
     totals = [["stage", "questions", "right after it", "right at the end", "was right, is wrong"]]
-    articles, most = [], min(SHOWN, SHOWN_IN_ALL // len(stages))
+    articles = []
     for i, stage in enumerate(stages):
         times = [t for t in range(len(stages)) if predictions_file(folder, t, i).is_file()]
         answers = list(zip(*(read_json(predictions_file(folder, t, i)) for t in times)))
@@ -64,6 +65,8 @@ def write(record: dict, stages: list[Stage], pictures: bool = True) -> Path:
         questions="\n".join(articles),
         figures=figures(folder / "figures", pictures),
     )
+    if len(page.encode()) > LARGEST and most > 1:
+        return write(record, stages, pictures, most // 2)
     write_text(folder / "report.html", page)
     return folder / "report.html"
 
@@ -112,9 +115,13 @@ def expert(facts: dict, names: list[str], t: int, i: int, k: int) -> str:
 
 def thumbnails(sample, facts: dict, times: list[int], i: int, k: int) -> str:
     """The image, and where asr.py has kept it what its question looked at, first and last."""
-    if sample.image is None:
+    try:
+        image = sample.image and load_image(sample.image)
+    except InputError:  # it has been moved since the test; the run is not to fail for it
+        image = None
+    if not image:
         return ""
-    image = pad_square(load_image(sample.image), (127, 127, 127)).resize((SIDE, SIDE))
+    image = pad_square(image, (127, 127, 127)).resize((SIDE, SIDE))
     views = {"image": image}
     for t in (times[0], times[-1]):
         attention = facts.get(f"{t + 1}-{i + 1}-map", ())

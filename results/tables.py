@@ -174,4 +174,25 @@ def figures(results: dict) -> str:
     return str(path)
 
 
-TABLES = {"choice": choice, "beside": beside, "drift": drift, "figures": figures}
+def experts(results: dict) -> str:
+    """experts.py: AP by how an expert begins, and how well routers do without experts; over the
+    seeds that all rows of a stream have."""
+    texts = []
+    for sweep, name in (("experts-start", "AP"), ("experts-router", "right expert (%)")):
+        streams, rows = results[sweep], {}
+        for cells in streams.values():
+            runs = {row: finished(seeds) for row, seeds in cells.items()}
+            shared = sorted(set.intersection(*map(set, runs.values())))
+            for row, values in runs.items():
+                number = np.mean([values[seed][name] for seed in shared]) if shared else math.nan
+                rows.setdefault(row, []).append(number)
+            rows.setdefault("seeds", []).append(len(shared))
+        seeds = [str(n) for n in rows.pop("seeds")]
+        table = [[name, *streams, "mean"]]
+        table += [[row, *map(show, [*values, np.mean(values)])] for row, values in rows.items()]
+        texts.append(grid([*table, ["seeds", *seeds, ""]], True))
+    return "\n\n".join(texts)
+
+
+TABLES = {"choice": choice, "beside": beside, "drift": drift, "experts": experts}
+TABLES |= {"figures": figures}
