@@ -85,8 +85,8 @@ def look(llava, args, batch):
 def discriminants(memory, shrinkage):
     """Weights [d, T] and biases [T] of Fisher's linear discriminants with equal priors, float64."""
     S = memory["covariance"] / len(memory["mean"])  # [d, d], means of the stages' covariances
-    d = len(S)
-    S = (1 - shrinkage) * S + shrinkage * S.trace() / d * torch.eye(d, dtype=S.dtype)
+    least = max(shrinkage * float(S.trace()) / len(S), 1e-9)  # where all x of a stage are equal
+    S = (1 - shrinkage) * S + least * torch.eye(len(S), dtype=S.dtype)
     weights = torch.linalg.solve(S, memory["mean"].T)
     return weights, -(memory["mean"].T * weights).sum(0) / 2
 

@@ -426,6 +426,10 @@ def load_llava(name, device="cpu", dtype=None):
     except Exception as error:  # not a folder of a model, no network, a broken file: many kinds
         raise InputError(f"--model {name} could not be loaded: {_first_line(error)}") from error
     # from_pretrained fills what is missing with random numbers and only warns. We stop instead.
+    layer, mark = model.config.vision_feature_layer, model.config.image_token_id
+    depth = model.config.vision_config.num_hidden_layers
+    if not isinstance(layer, int) or abs(layer) > depth or mark != processor.image_token_id:
+        raise InputError(f"--model {name}: features of layer {layer}, image token {mark}: unusable")
     wrong = [*report["missing_keys"], *map(str, report["mismatched_keys"])]
     if wrong:
         raise InputError(f"--model {name}: {len(wrong)} weights missing or misshapen: {wrong[0]}")
