@@ -166,6 +166,8 @@ def overridden(row: Row, root: Path) -> Row:
         description = spec["descriptions"].get(name, task.description)
         try:
             description = description and text_of(description, "description")
+            if len(description) > 500:
+                raise InputError(f"the description of {name} is longer than 500 characters")
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         stages[name] = replace(task, metric=metric, description=description)

@@ -20,7 +20,6 @@ V vocabulary.
 import atexit
 import hashlib
 import io
-import json
 import os
 import random
 import re
@@ -42,7 +41,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from attention import one_pass_per_block
 from data import TARGETS, Collator, text_config
 from features import FeatureCache
-from files import InputError, damaged, progress, silent, write_bytes, write_json
+from files import InputError, damaged, progress, read_json, silent, write_bytes, write_json
 
 # ---- 1. LLaVA ------------------------------------------------------------------------------------
 
@@ -360,8 +359,8 @@ def target_paths(model, targets):
 def read_lora(folder):
     """The lora_state that save_lora (or peft) has written. InputError if there is no plain LoRA, or
     if a bit has changed since."""
+    config = read_json(Path(folder) / "adapter_config.json", dict)
     with damaged(f"the adapter in {folder}"):
-        config = json.loads((Path(folder) / "adapter_config.json").read_text())
         with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}
             if digest(state) != (file.metadata() or {}).get("sha256", digest(state)):

@@ -43,6 +43,8 @@ def write(record: dict, stages: list[Stage], pictures: bool = True, most: int = 
     for i, stage in enumerate(stages):
         times = [t for t in range(len(stages)) if predictions_file(folder, t, i).is_file()]
         answers = list(zip(*(read_json(predictions_file(folder, t, i)) for t in times)))
+        if not 0 < len(answers) == len(stage.test):
+            raise InputError(f"{folder}: {len(answers)} saved answers for all tests of {names[i]}")
         right = np.array([[is_right(row) for row in rows] for rows in answers])  # [N, times]
         lost = right.any(1) & ~right[:, -1]
         counts = len(right), right[:, 0].sum(), right[:, -1].sum(), lost.sum()

@@ -545,6 +545,7 @@ LLAVA_FAULTS = [
         replace("stream.json", {"descriptions": {"stage2": "an <image>"}}),
         "description must not contain <image>",
     ),
+    (replace("stream.json", {"descriptions": {"stage2": "x" * 501}}), "stage2 is longer than 500"),
     (edit(TEST, answer="a <image>"), "record 2: the answer must not contain <image>"),
     (
         edit(TRAIN, conversations=talk("a", "b", *talk("an <image>", "c"))),
