@@ -92,7 +92,8 @@ RATE_SEARCH = (
     | vary(f"{ORACLE}, lr", "mllm_cl.py --router oracle --lr", RATES[1:])
     | vary("joint, lr", f"{JOINT} --lr", RATES[1:])
 )
-# experts.py: rates for experts that begin as a mean (seed 5), beginnings, routers without experts
+# experts.py: rates for experts that begin as a mean, then beginnings, both chosen on seed 5 and
+# reported on others; routers without experts
 WARM_SEARCH = vary("mean, lr", "experts.py --start mean --lr", RATES[2:])
 EXPERTS = "experts.py --lr 4e-3"  # the best of sweep rate-experts on the mean
 STARTS = vary("", f"{EXPERTS} --start", ("fresh", "last", "mean", "alike"))
@@ -173,8 +174,9 @@ SWEEPS = {
     "all-baselines": Sweep([*CUT, "dcl", "acl"], range(3), BASELINES, "{cut}"),
     "rate-all": Sweep(CUT, [5], RATE_SEARCH, "{cut}"),
     "rate-experts": Sweep([*CUT, "dcl", "acl"], [5], WARM_SEARCH, "{cut}"),
-    "experts-start": Sweep([*CUT, "dcl", "acl"], range(3), STARTS, "{cut}"),
-    "experts-router": Sweep([*CUT, "dcl", "acl"], [0], ROUTERS, UNTRAINED),
+    "search-start": Sweep([*CUT, "dcl", "acl"], [5], STARTS, "{cut}"),
+    "experts-start": Sweep([*CUT, "dcl", "acl"], range(5), STARTS, "{cut}"),
+    "experts-router": Sweep([*CUT, "dcl", "acl"], range(3), ROUTERS, UNTRAINED),
     "search-router": Sweep(["vqacl"], [5], ROUTER_SEARCH, "{cut}"),
     "search-baselines": Sweep(["vqacl", "dcl"], [5], BASELINE_SEARCH, "{cut}"),
     "vqacl-reversed": Sweep(["vqacl"], range(3), VQACL_ORDERS, "{cut} --order reverse"),
