@@ -274,6 +274,8 @@ def object_group(category: int, reading: str = "paper") -> str:
 def text_of(value, what: str) -> str:
     """A stripped string that is not empty; numbers are taken as text. InputError, too, if it is no
     Unicode, or if it has the mark of an image where none can be."""
+    if value is None:
+        raise InputError(f"the {what} is missing")
     text = str(value).strip() if type(value) in (str, int, float) else ""
     if not text:
         raise InputError(f"the {what} must be text, not {value!r}")
@@ -421,6 +423,8 @@ class LlavaReader(Reader):
         if "conversations" in record:
             (question, gold), *further = self.turns(record["conversations"])
             golds = [gold]
+        elif "text" not in record:
+            raise InputError('it has neither "conversations" (training) nor "text" (test)')
         else:
             question, golds = record.get("text"), self.answers(record)
         image, question = record.get("image"), text_of(question, "question")

@@ -54,7 +54,7 @@ ROOT = Path(__file__).resolve().parent
 # Pictures of the reader's own are new to the tiny model: it needs steps, however few samples there
 # are, and a higher rate (tests/test_own.py: handwritten digits and simple pictures).
 OWN = {"tiny": {"epochs": None, "lr": 2e-3}}
-OWN_STEPS = 175  # of a stage, about
+OWN_STEPS = 175  # of a stage, about, but one pass at least
 MINI_SOURCES = ("draw.py", "tasks.py", "streams.py", "sprites.png")  # what a drawing depends on
 
 
@@ -122,10 +122,8 @@ def how_to_get(stream: str, folder: Path) -> str:
 def find_stream(args) -> tuple[str, Row, Path]:
     """(name, row of the table, folder) of the stream that the arguments ask for."""
     if args.stream in STREAMS:
-        row, root = (
-            STREAMS[args.stream],
-            Path(os.path.abspath(args.data or mini_folder(args.stream))),
-        )
+        row = STREAMS[args.stream]
+        root = Path(os.path.abspath(args.data or mini_folder(args.stream)))
         if not root.is_dir():
             raise InputError(f"data folder {root} does not exist; {how_to_get(args.stream, root)}")
         return args.stream, row, root
@@ -137,7 +135,7 @@ def find_stream(args) -> tuple[str, Row, Path]:
         raise InputError(f"--stream {root} is a folder and already the data: leave out --data")
     names = {path.parent.name for path in root.glob("*/*.json") if path.stem in ("train", "test")}
     # by name, with stage2 before stage10
-    names = sorted(names, key=lambda name: [s.zfill(9) for s in re.split(r"(\d+)", name)])
+    names = sorted(names, key=lambda name: re.sub(r"\d+", lambda n: n[0].zfill(9), name))
     return root.resolve().name, Row({name: Task() for name in names}, **OWN), root
 
 
@@ -150,6 +148,9 @@ def overridden(row: Row, root: Path) -> Row:
     for key, value in table.items():
         if not isinstance(spec.setdefault(key, value), type(value)):
             raise InputError(f"{path}: {key} must be a value like {json.dumps(value)}")
+    if unknown := set(spec) - {*table, "metric"}:
+        known = ", ".join([*table, "metric"])
+        raise InputError(f"{path}: unknown key {min(unknown)!r}; there are {known}")
     if not spec["stages"]:
         raise InputError(f"{root} has no stages: sub-folders with train.json and test.json")
     stages = {}
@@ -277,13 +278,26 @@ def load_stream(args, problem: Callable = stop) -> Stream:
             blocks = [[i for i, s in enumerate(train) if s.group == group] for group in visits]
             blocks = [block for block in blocks if block]
         stages.append(Stage(stage, train, test, metric, blocks, 1, rates[k]))
-    kinds = {sample.skill == stage.name for stage in stages for sample in stage.train}
-    if args.stream not in STREAMS and kinds == {True}:
-        print('note: no record says under "skill" what kind of question it is, so each stage has a')
-        print("kind of its own and asr.py little to hold: add it, or use --skills shared")
+    if args.stream not in STREAMS:
+        remark(stages)
     set_epochs(stages, args)
     check_lengths(stages + novel, args, problem)
     return Stream(name, stages, root, row, descriptions, novel or None, reader.skipped)
+
+
+def remark(stages: list[Stage]) -> None:
+    """Print what a stream of one's own may have, but is rarely meant to have."""
+    kinds = {sample.skill == stage.name for stage in stages for sample in stage.train}
+    if kinds == {True}:
+        print('note: no record says under "skill" what kind of question it is, so each stage has a')
+        print("kind of its own and asr.py little to hold: add it, or use --skills shared")
+    for stage in stages:
+        if not any(sample.image for sample in stage.train):
+            print(f'note: no training record of {stage.name} has an "image": text only')
+        known = {(sample.image, sample.question) for sample in stage.train}
+        both = sum((sample.image, sample.question) in known for sample in stage.test)
+        if both:
+            print(f"note: {both} of {len(stage.test)} tests of {stage.name} are training questions")
 
 
 def set_epochs(stages: list[Stage], args) -> None:
@@ -292,7 +306,9 @@ def set_epochs(stages: list[Stage], args) -> None:
         sizes = [max(1, -(-len(stage.train) // args.batch_size)) for stage in stages]
         args.epochs = [max(1, round(OWN_STEPS / size)) for size in sizes]
         listed = ",".join(map(str, args.epochs))
-        print(f"--epochs {listed}: about {OWN_STEPS} steps a stage, which new pictures need here")
+        steps = sorted(size * epochs for size, epochs in zip(sizes, args.epochs))
+        span = "to".join(f" {n} " for n in dict.fromkeys([steps[0], steps[-1]]))
+        print(f"--epochs {listed}:{span}steps a stage, as new pictures need; 1 is a quick try")
     for stage, epochs in zip(stages, per_stage("epochs", args.epochs, len(stages))):
         stage.epochs = epochs
 
@@ -306,13 +322,14 @@ def check_lengths(stages: list[Stage], args, problem: Callable) -> None:
     config = llava_config(args.model)
     most = getattr(config.text_config, "max_position_embeddings", math.inf)
     marks = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    room, collate = most - marks - 64 - len(args.system.encode()), None  # 64: the template
+    # of every text, and its role, the template adds less than 32 tokens
+    room, collate = most - marks - len(args.system.encode()), None
     splits = [(stage.name, stage.train, 0) for stage in stages]
     splits += [(stage.name, stage.test, args.max_new_tokens) for stage in stages]
     for name, samples, answer in splits:
         for sample in samples:
             texts = sample.question, sample.answer, *itertools.chain(*sample.further)
-            if sum(len(text.encode()) for text in texts) <= room - answer:
+            if sum(len(text.encode()) for text in texts) <= room - answer - 32 * len(texts):
                 continue
             if not collate:
                 processor = AutoProcessor.from_pretrained(args.model)
@@ -426,10 +443,8 @@ def common_flags(prog: str, description: str) -> argparse.ArgumentParser:
     about = "report.html: with pictures, text alone or none (default: pictures, with --data text)"
     add("--report", choices=["pictures", "text", "none"], help=about)
     add("--plot", nargs="+", metavar="RUN", help="only draw the figures of finished runs")
-    about = (
-        "Defaults depend on stream and model (benchmarks.py); a run prints them. E and ETA: one "
-    )
-    about += "value, or one per stage: 1,3,1."
+    about = "Defaults depend on stream and model (benchmarks.py); a run prints them. "
+    about += "E and ETA: one value, or one per stage: 1,3,1."
     add = parser.add_argument_group("model and training", about).add_argument
     add("--epochs", type=one_or_each(count), metavar="E", help="passes over a stage")
     about = "peak learning rate of AdamW, cosine per stage"
@@ -528,18 +543,13 @@ def check_args(args) -> None:
         raise InputError(
             f"--device {args.device!r} must be auto, cpu, cuda or, in one process, cuda:N"
         )
-    if args.batch_size % args.accumulate:
-        raise InputError(
-            f"--batch_size {args.batch_size} must be a multiple of --accumulate {args.accumulate}"
-        )
-    if args.accumulate % world:
-        raise InputError(
-            f"--accumulate {args.accumulate} must be a multiple of torchrun's {world} processes"
-        )
+    size, n, known = args.batch_size, args.accumulate, ", ".join(TARGETS)
+    if size % n:
+        raise InputError(f"--batch_size {size} must be a multiple of --accumulate {n}")
+    if n % world:
+        raise InputError(f"--accumulate {n} must be a multiple of torchrun's {world} processes")
     if unknown := set(args.targets.split(",")) - set(TARGETS):
-        raise InputError(
-            f"--targets has {min(unknown)!r}: use a comma list of {', '.join(TARGETS)}"
-        )
+        raise InputError(f"--targets has {min(unknown)!r}: use a comma list of {known}")
     for name, row in STREAMS.items():
         for key in row.extras:
             if getattr(args, key) is not None and args.stream != name:
@@ -572,10 +582,8 @@ def template(processor, chat_template, image: bool, system: str) -> tuple[str, s
     q, a = "\ue000", "\ue001"
 
     def said(role: str, text: str, image: bool = False) -> dict:
-        return {
-            "role": role,
-            "content": [{"type": "image"}] * image + [{"type": "text", "text": text}],
-        }
+        content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
+        return {"role": role, "content": content}
 
     talk = [said("system", system)] * bool(system) + [said("user", q, image)]
     reply = [said("assistant", a), said("user", q)]
@@ -730,16 +738,17 @@ def main(argv=None) -> int:
     for stage in stream.novel or []:
         print(f"{stage.name:>14} novel test of {args.hold_out}: {len(stage.test)}")
     print(f"source: {stream.row.source or 'yours'}")
-    print(f"\n{len(problems)} problems" if problems else "\nnothing is missing")
+    usable = [s for stage in stream.stages for s in stage.train if s.image not in broken]
+    if usable:
+        show_sample(usable[0], AutoProcessor.from_pretrained(args.model), args.system)
+    found = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+    print(f"\n{found}" if problems else "\nnothing is missing")
     for line in problems[:40]:
         print(f"  {line}")
     if len(problems) > 40:
         print(f"  and {len(problems) - 40} more")
     if problems and args.data:
         print("\n" + how_to_get(args.stream, stream.root))
-    usable = [s for stage in stream.stages for s in stage.train if s.image not in broken]
-    if usable:
-        show_sample(usable[0], AutoProcessor.from_pretrained(args.model), args.system)
     return 1 if problems else 0
 
 

@@ -52,13 +52,22 @@ from files import (
     predictions_file,
     progress,
     read_json,
+    settle,
     silent,
     versions,
     write_bytes,
     write_json,
     write_text,
 )
-from model import check_finite, gather, processes, share_out, write_state
+from model import (
+    check_finite,
+    gather,
+    processes,
+    random_state,
+    set_random_state,
+    share_out,
+    write_state,
+)
 from scorers import caption_scores, score
 
 # ---- 1. One cell of the matrix: answer and score the test samples of one stage -------------------
@@ -248,6 +257,8 @@ class Run:
         state |= {"matrix": torch.tensor(np.stack([self.matrix, self.matrix_novel]))}
         state |= {"threads": torch.get_num_threads(), "random": random_state()}
         state |= {"facts": list(self.facts), "configuration": self.configuration}
+        if self.step:
+            settle(self.folder / "metrics.jsonl")
         write_state(self.folder / "checkpoint.pt", state)
         self.lap("saving")
 
@@ -351,18 +362,6 @@ class Run:
 # ---- 4. Files of a run folder --------------------------------------------------------------------
 
 
-def random_state():
-    """torch's generators, the only ones drawn from while training (LoRA's dropout)."""
-    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *gpu]
-
-
-def set_random_state(states):
-    torch.set_rng_state(states[0])
-    if states[1:]:
-        torch.cuda.set_rng_state(states[1])
-
-
 def configuration(args, script):
     """What must not change in a run, as JSON: its script and the flags that change numbers."""
     flags = {key: value for key, value in vars(args).items() if key not in MAY_DIFFER}
@@ -402,7 +401,8 @@ def start_run(args, script):
 def _existing_run(run, now, resume):
     """start_run for a folder that holds a run already; now: its args.json as it would be today."""
     was = read_json(run / "args.json", dict)
-    for key in sorted((was.keys() | now.keys()) - {"commit", "command"}):
+    keys = (was.keys() | now.keys()) - {"commit", "command"}
+    for key in sorted(keys, key=lambda key: (f"--{key} " not in now["command"], key)):
         old, new = was.get(key, "absent"), now.get(key, "absent")
         if old != new:
             flag = key if key == "script" else f"--{key}"
@@ -487,16 +487,17 @@ def all_caption_scores(run, record):
 
 def rescore(run):
     """Score saved predictions again; a sentence for each cell of its record that differs."""
-    record = read_run(run)
+    record, wrong = read_run(run), []
     matrix = np.array(record["matrix"], dtype=float)
-    wrong = []
-    for t, i in np.argwhere(np.isfinite(matrix)).tolist():
+    for t, i in np.ndindex(matrix.shape):
         path, scorer = predictions_file(run, t, i), record["scorers"][i]
+        if np.isnan(matrix[t, i]) and not ("seconds" in record and path.is_file()):
+            continue  # not tested, or the run was killed before it had the row
         rows = read_json(path, list)
         with damaged(path):
             rows = [r | {"score": score(scorer, r["text"], r["answers"], r)} for r in rows]
             again = accuracy(rows, scorer)
-        if abs(again - matrix[t, i]) > 1e-9:
+        if not np.isclose(again, matrix[t, i], rtol=0, atol=1e-9, equal_nan=True):
             cell = f"{run}: after stage {t + 1} on task {i + 1} ({record['stages'][i]})"
             wrong.append(f"{cell} the predictions give {again:.4f}, the record {matrix[t, i]:.4f}")
     return wrong

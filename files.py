@@ -10,6 +10,7 @@ progress           a bar; a line a minute in a log file; peak_memory, versions
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -39,7 +40,8 @@ locks = {}  # run folder -> its open lock, of the runs that this process has beg
 @contextlib.contextmanager
 def input_errors():
     """Report what went wrong as one sentence on stderr and exit: with code 130 after Ctrl-C, with 2
-    after an InputError, a file that cannot be read or written, or too little memory."""
+    after an InputError, a file that cannot be read or written, or too little memory. Without a
+    sentence and with 1 where the reader of stdout is gone (`| head`)."""
     code = 2
     try:
         yield
@@ -48,11 +50,14 @@ def input_errors():
         sentence, code = f"stopped{go_on()}", 130
     except InputError as error:
         sentence = f"error: {error}"
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
+        sys.exit(1)
     except OSError as error:
         file = f" {error.filename}" if error.filename else ""
         sentence = f"error: cannot read or write{file}: {error.strerror or error}{go_on()}"
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+        if not of_machine(error):
             raise
         reason = str(error).partition("\n")[0] or "out of memory"
         sentence = f"error: {reason}; lower --batch_size (or raise --accumulate), --eval_batch_size"
@@ -62,19 +67,30 @@ def input_errors():
 
 def go_on() -> str:
     """What to say where a run ends early."""
-    return f"; the same command with --resume goes on in {[*locks][-1]}" if locks else ""
+    runs = [folder for folder in locks if (folder / "args.json").exists()]  # it may be deleted
+    return f"; the same command with --resume goes on in {runs[-1]}" if runs else ""
+
+
+def of_machine(error) -> bool:
+    """Is it memory, disk or permission that is lacking, rather than a file whose content is bad?"""
+    if isinstance(error, OSError):  # broken content can ask for a place that no file has
+        return error.errno not in (None, errno.EINVAL)
+    return isinstance(error, MemoryError) or bool(re.search(NO_MEMORY, str(error)))
 
 
 @contextlib.contextmanager
 def damaged(what, advice=""):
-    """Around code that reads `what`: whatever it raises becomes an InputError that names it."""
+    """Around code that reads `what`: whatever it raises becomes an InputError that names it, unless
+    the machine is at fault."""
     try:
         yield
     except InputError:
         raise
     except FileNotFoundError as error:
-        raise InputError(f"missing file {error.filename}") from error
+        raise InputError(f"missing file {error.filename or what}") from error
     except Exception as error:  # broken content can raise nearly anything inside a library
+        if of_machine(error):
+            raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"{what} is damaged, or of another version: {reason}{advice}") from error
 
@@ -113,14 +129,17 @@ def read_json(path: Path, kind: type = object):
             text = "[" + ",\n".join(text.splitlines()) + "]"
         content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:  # broken JSON says its line and column
-        raise InputError(f"{path} is corrupt or truncated: {error}") from None
+        fault = "is corrupt or truncated"
+        if str(error).startswith("Extra data"):
+            fault = "holds several JSON values, not one (records belong in one array, [..., ...])"
+        raise InputError(f"{path} {fault}: {error}") from None
     if not isinstance(content, kind):
         raise InputError(f"{path} must hold one JSON {'array' if kind is list else 'object'}")
     return content
 
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # others may start programs
-LARGEST = 10_000  # pixels a side: padded to a square, such an image takes 300 MB
+LARGEST = 10_000  # pixels a side: such a square takes 300 MB, gray with 16 bits for a moment 1 GB
 Image.MAX_IMAGE_PIXELS = None  # Pillow only warns
 
 
@@ -144,11 +163,13 @@ def eight_bits(image: Image.Image) -> Image.Image:
     its brightest pixel, as no file says what its white is. Pillow alone would cut all above 255."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
-    values = np.asarray(image, dtype=np.float64)
-    finite = np.isfinite(values)
-    low, high = values[finite].min(), values[finite].max()
-    shares = (np.where(finite, values, low) - low) / max(high - low, 1e-30)
-    return Image.fromarray(np.rint(255 * shares).astype(np.uint8))
+    values = np.array(image, dtype=np.float32)  # [h, w], changed in place: it may be large
+    known = np.isfinite(values)
+    low, high = values[known].min(), values[known].max()
+    values[~known] = low
+    values -= low
+    values *= 255 / max(high - low, 1e-30)
+    return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
 
 
 def predictions_file(run, trained, tested):
@@ -178,6 +199,12 @@ def write_bytes(path, content):
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def settle(path):
+    """Have a file on the disk before another one that relies on it."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_text(path, text):

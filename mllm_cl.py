@@ -43,10 +43,10 @@ import torch.nn.functional as F
 import data
 import plot
 from benchmarks import LETTERS
-from eval import SAVE_EVERY, Run, accuracy, evaluate, grid, read_run, set_random_state, show
+from eval import SAVE_EVERY, Run, accuracy, evaluate, grid, read_run, show
 from features import asked, frozen_features
 from files import InputError, input_errors, progress
-from model import LLaVA, read_lora, seed_by, share_out
+from model import LLaVA, read_lora, seed_by, set_random_state, share_out
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
 
@@ -84,15 +84,24 @@ SHAPING = """stream data drawn_sha256 model seed limit object_groups hold_out im
 
 
 def check(args, stream):
-    """InputError if the router lacks letters or descriptions, or --experts has other settings."""
+    """InputError if the router lacks letters, its prompts are longer than the model's context, or
+    --experts has other settings."""
     if len(stream.stages) > len(LETTERS):
         raise InputError(f"{len(stream.stages)} tasks, but only {len(LETTERS)} letters: use fewer")
     nameless = [s.name for s in stream.stages if s.name not in stream.descriptions]
-    if args.router in ("mllm", "generate") and nameless:
-        print(
-            f"note: the router knows {', '.join(nameless)} by name only: one line each under "
-            f'"descriptions" in {stream.root}/stream.json would tell it more'
-        )
+    if args.router in ("mllm", "generate"):
+        if nameless:
+            print(
+                f"note: the router knows {', '.join(nameless)} by name only: one line each under "
+                f'"descriptions" in {stream.root}/stream.json would tell it more'
+            )
+        texts = [stream.descriptions.get(s.name, s.name) for s in stream.stages]
+        letters, prompts = letters_of(len(texts), args.seed), []
+        for stage in stream.stages:
+            splits = {"train": shots_of(stage, args), "test": stage.test}
+            seen = {k: router_samples(s, [0] * len(s), texts, letters) for k, s in splits.items()}
+            prompts.append(replace(stage, **seen))
+        data.check_lengths(prompts, args, lambda text: data.stop(f"prompt of the router, {text}"))
     if args.experts:
         record = read_run(args.experts)
         if record["script"] != "mllm_cl" or "seconds" not in record:

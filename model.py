@@ -460,6 +460,18 @@ def seed_by(name):
     torch.manual_seed(random.Random(name).getrandbits(32))
 
 
+def random_state():
+    """torch's generators, the only ones drawn from while training (LoRA's dropout)."""
+    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *gpu]
+
+
+def set_random_state(states):
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state(states[1])
+
+
 # Under torchrun every process has the whole model and takes every N-th micro-batch of a step and
 # every N-th batch of a test. All make the same steps; the first process alone prints and writes.
 

@@ -2,11 +2,10 @@
 
     python plot.py RUN [RUN ...] [--out DIR]    the figures of the script that made these runs
 
-They go to figures/ of the first run unless --out names another folder; `--plot RUN` of every script
-does the same. One run shows what it has learned and forgotten; several are compared
-as well, and those that differ only in their seed are averaged. A method's figures need facts.npz:
-what it noted about the N test questions of task i
-after stage t, in the order of the predictions, under the key "<t>-<i>-<name>", counted from 1.
+They go to figures/ of the first run unless --out names a folder; so does `--plot RUN` of a script.
+Several runs are compared, and those that differ only in their seed are averaged. A method's figures
+need facts.npz: what it noted about the N test questions of task i after stage t, in the order of
+the predictions, under the key "<t>-<i>-<name>", counted from 1.
 """
 
 import argparse
@@ -143,8 +142,9 @@ def scatter(panels, path, scale="linear"):
     for axis, (title, x, y, groups) in zip(axes[0], panels):
         for k, (label, dots) in enumerate(groups.items()):
             dots = np.array(dots)[:, np.isfinite(dots).all(0)]  # [2, n]
-            if scale == "linear" and dots.shape[1] > 2 and dots.std(1).all():
-                label = f"{textwrap.fill(label, 40)}: r = {np.corrcoef(dots)[0, 1]:.2f}"
+            label = f"{textwrap.fill(label, 40)} (n = {dots.shape[1]})"
+            if scale == "linear" and dots.shape[1] > 4 and dots.std(1).all():
+                label += f": r = {np.corrcoef(dots)[0, 1]:.2f}"
             axis.scatter(*dots, 12, COLORS[k % 7], marker=MARKERS[k % 7], alpha=0.5, label=label)
         axis.set(title=title, xlabel=x, ylabel=y, xscale=scale)
         if scale == "linear":
@@ -202,7 +202,7 @@ def losses(record, path):
     if not parts:  # nothing was trained
         return
     figure, axes = new_figure(len(parts), 1, 1 + 1.1 * len(parts), sharex=True)
-    width, steps = 2 + len(rows) // 50, np.arange(1, len(rows) + 1)
+    width, steps = min(len(rows), 2 + len(rows) // 50), np.arange(1, len(rows) + 1)
     for axis, (name, values) in zip(axes[:, 0], parts.items()):
         axis.plot(steps, values, color=COLORS[5], linewidth=0.5)
         mean = np.convolve(values, np.ones(width) / width, "valid")

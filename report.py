@@ -99,7 +99,9 @@ def history(times: list[int], rows: list[dict], sent: list[str]) -> str:
         run = [t + 1 for _, t in run]
         after = f"after {run[0]}" + (f" to {run[-1]}" if len(run) > 1 else "")
         where = f" <small>by {escape(where)}</small>" if where else ""
-        lines.append(f'<p class="{verdict}">{after}: {short(text)} ({verdict}){where}</p>')
+        lines.append(
+            f'<p class="{verdict}">{after}: {short(text) or "(empty)"} ({verdict}){where}</p>'
+        )
     return "".join(lines)
 
 
@@ -124,7 +126,7 @@ def thumbnails(sample, facts: dict, times: list[int], i: int, k: int) -> str:
     if not image:
         return ""
     image = pad_square(image, (127, 127, 127)).resize((SIDE, SIDE))
-    views = {"image": image}
+    views = {"": image}
     for t in (times[0], times[-1]):
         attention = facts.get(f"{t + 1}-{i + 1}-map", ())
         if k < len(attention):
@@ -179,7 +181,7 @@ def matrix(record: dict, names: list[str]) -> str:
     rows = [["after", *range(1, len(names) + 1)]]
     for name, row in zip(names, np.array(record["matrix"], dtype=float)):
         rows.append([name, *("" if np.isnan(x) else f"{x:.1f}" for x in row)])
-    known = {key: record["metrics"][key] for key in ("AP", "AF", "AF_vqacl", "Avg", "MFT", "BWT")}
+    known = {key: record["metrics"][key] for key in ("AP", "AF", "Avg", "MFT", "BWT")}
     known = {key: x for key, x in known.items() if x is not None and np.isfinite(x)}
     numbers = [["", *known], ["metrics", *(f"{x:.1f}" for x in known.values())]]
     return table(rows, color) + table(numbers)

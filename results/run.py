@@ -92,6 +92,8 @@ def run_cell(name: str, cell: tuple, command: str) -> str:
     with open(f"{folder}.log", "a") as log:
         code = subprocess.call([sys.executable, *words], stdout=log, stderr=log, env=env)
     if code:
+        last = Path(f"{folder}.log").read_text(errors="replace").strip().splitlines()[-1:]
+        print("failed:", *cell, *last, flush=True)
         return f"python {command}\n  ended with exit code {code}, see {folder}.log"
     add(name, cell, folder)
     print("done:", *cell, flush=True)

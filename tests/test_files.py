@@ -134,12 +134,26 @@ def test_a_broken_file_of_a_run_is_named(name, tmp_path):
         resumed(tmp_path / "run")
 
 
+def test_the_machine_is_not_the_fault_of_a_file(tmp_path):
+    """Only what a file holds makes it damaged; a run is not begun anew because memory was short."""
+    for error in (
+        MemoryError(),
+        OSError(errno.EACCES, "no"),
+        RuntimeError("can't allocate memory"),
+    ):
+        with pytest.raises(type(error)), files.damaged("checkpoint.pt"):
+            raise error
+    with pytest.raises(InputError, match="is damaged"), files.damaged("checkpoint.pt"):
+        raise RuntimeError("unexpected end")
+
+
 def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     run = saved(tmp_path / "run")
     before = (run / "checkpoint.pt").read_bytes()
 
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(file):
+        if os.fstat(file).st_mtime > os.stat(run / "metrics.jsonl").st_mtime:  # not the log again
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
@@ -157,14 +171,15 @@ def resumed_after_part(run, monkeypatch):
 @pytest.mark.parametrize(
     "error, code, sentence",
     [
-        (KeyboardInterrupt(), 130, "stopped; the same command with --resume goes on in runs/x"),
+        (KeyboardInterrupt(), 130, "stopped; the same command with --resume goes on in /.*/run"),
         (InputError("no."), 2, "error: no."),
         (OSError(28, "No space left", "f"), 2, "error: cannot read or write f: .*--resume"),
         (torch.OutOfMemoryError("CUDA out of memory."), 2, "error: CUDA out of memory.; lower -"),
     ],
 )
-def test_how_a_script_ends(error, code, sentence, monkeypatch, capsys):
-    monkeypatch.setattr(files, "locks", {"runs/x": None})
+def test_how_a_script_ends(error, code, sentence, monkeypatch, capsys, tmp_path):
+    files.write_json(tmp_path / "run" / "args.json", {})
+    monkeypatch.setattr(files, "locks", {tmp_path / "run": None, tmp_path / "deleted": None})
     with pytest.raises(SystemExit) as end, files.input_errors():
         raise error
     assert end.value.code == code
@@ -190,8 +205,10 @@ def test_an_edited_summary_is_found(tmp_path, capsys):
 
     run = make_run(tmp_path / "run")
     text = (run / "summary.json").read_text()
-    (run / "summary.json").write_text(text.replace("89", "99"))
-    assert ev.main([str(run)]) == 1 and "the record 99.0" in capsys.readouterr().out
+    for edited in ("99.0", "null"):
+        (run / "summary.json").write_text(re.sub(r"\b89(\.0)?\b", edited, text))
+        assert ev.main([str(run)]) == 1
+        assert f"the record {edited.replace('null', 'nan')}" in capsys.readouterr().out
 
 
 def test_progress_in_a_file_is_a_line_a_minute(monkeypatch, capsys):

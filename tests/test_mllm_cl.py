@@ -234,6 +234,9 @@ def test_bad_input(flags, capsys):
     del stream.descriptions["one"]
     mllm_cl.check(args, stream)
     assert "the router knows one by name only" in capsys.readouterr().out
+    stream.descriptions["two"] = "maps and charts " * 500
+    with pytest.raises(data.InputError, match="prompt of the router, stage one.* reads at most"):
+        mllm_cl.check(args, stream)
     many = SimpleNamespace(stages=[None] * 27)
     with pytest.raises(data.InputError, match="27 tasks, but only 26 letters"):
         mllm_cl.check(args, many)

@@ -88,6 +88,8 @@ def test_any_stage_names_and_damaged_runs(tmp_path, monkeypatch, capsys):
     assert [len(name) for name in plot.numbered(["n" * 99, "b"])] == [16, 3]
     record = json.loads((run / "summary.json").read_text())
     lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(lines.splitlines()[0])  # a run of one step
+    plot.draw([run])
     for change in ({"matrix": [[1]]}, {"stages": 7}, {"scorers": []}, {"args": None}):
         (run / "summary.json").write_text(json.dumps(record | change))
         with pytest.raises(InputError, match="damaged, or of another version"):
