@@ -97,6 +97,7 @@ RATE_SEARCH = (
 WARM_SEARCH = vary("mean, lr", "experts.py --start mean --lr", RATES[2:])
 EXPERTS = "experts.py --lr 4e-3"  # the best of sweep rate-experts on the mean
 STARTS = vary("", f"{EXPERTS} --start", ("fresh", "last", "mean", "alike"))
+BESIDE = {"sequential": METHODS["sequential"], "mean": STARTS["mean"]}  # the best start of seed 5
 ROUTERS = vary("LDA,", "experts.py --features", ("both", "image", "question", "last"))
 ROUTERS["cosine, both"] = "experts.py --router cosine"
 UNTRAINED = "{cut} --untrained --max_new_tokens 1"
@@ -175,7 +176,8 @@ SWEEPS = {
     "rate-all": Sweep(CUT, [5], RATE_SEARCH, "{cut}"),
     "rate-experts": Sweep([*CUT, "dcl", "acl"], [5], WARM_SEARCH, "{cut}"),
     "search-start": Sweep([*CUT, "dcl", "acl"], [5], STARTS, "{cut}"),
-    "experts-start": Sweep([*CUT, "dcl", "acl"], range(5), STARTS, "{cut}"),
+    "experts-start": Sweep([*CUT, "dcl", "acl"], range(3), STARTS, "{cut}"),
+    "experts-more": Sweep([*CUT, "dcl", "acl"], range(3, 5), BESIDE, "{cut}"),
     "experts-router": Sweep([*CUT, "dcl", "acl"], range(3), ROUTERS, UNTRAINED),
     "search-router": Sweep(["vqacl"], [5], ROUTER_SEARCH, "{cut}"),
     "search-baselines": Sweep(["vqacl", "dcl"], [5], BASELINE_SEARCH, "{cut}"),
