@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 import plot
-from eval import compared, grid, mean_std, paired, show
+from eval import compared, difference, grid, mean_std, paired, show
 
 RESULTS = Path(__file__).parent
-KEEP_NOTHING = "asr cram mllm_cl zeroshot sequential ewc lwf olora moelora hide".split()
+OURS = "experts + LDA (ours)"
+KEEP_NOTHING = "asr cram mllm_cl experts zeroshot sequential ewc lwf olora moelora hide".split()
 
 
 def details(record: dict) -> dict[str, float | None]:
@@ -101,7 +102,8 @@ def choice(results: dict) -> str:
     """
     streams = {}  # stream -> {row: {seed: numbers}}
     for stream, rows in results["all"].items():
-        rows = results["all-baselines"][stream] | rows
+        rows = results["all-baselines"][stream] | rows | {OURS: ours(results)[stream]}
+        rows["joint"] = rows.pop("joint")  # last
         runs = {row: finished(cells) for row, cells in rows.items()}
         having = [set(cells) for cells in runs.values() if cells]
         seeds = sorted(set(runs["sequential"]).intersection(*having))
@@ -171,27 +173,63 @@ def figures(results: dict) -> str:
         dots = {name: np.array(pairs, dtype=float).T for name, pairs in dots.items()}
         panels.append((f"{sweep}: {stream}", x, y, dots))
     plot.scatter(panels, path / "asr-drift.png", "log")
+    rows, _ = by_stream(results["experts-router"], "right expert (%)")
+    names = list(rows), list(results["experts-router"])
+    labels = "router", "", "right expert (%)"
+    panels = {"Routers without training, pretrained model": np.array(list(rows.values()))}
+    plot.heat_maps(panels, names, labels, (0, 100), path / "experts-routers.png")
     return str(path)
 
 
+def ours(results: dict) -> dict:
+    """{stream: {seed: record}} of the row "experts + LDA (ours)", whose start seed 5 has chosen."""
+    starts, more = results["experts-start"], results["experts-more"]
+    return {stream: rows["mean"] | more[stream]["mean"] for stream, rows in starts.items()}
+
+
+def by_stream(sweep: dict, name: str) -> tuple[dict, list[int]]:
+    """{row: a number per stream, mean over the seeds that all rows have}, numbers of seeds."""
+    rows, counts = {}, []
+    for cells in sweep.values():
+        runs = {row: finished(seeds) for row, seeds in cells.items()}
+        shared = sorted(set.intersection(*map(set, runs.values())))
+        for row, values in runs.items():
+            number = np.mean([values[seed][name] for seed in shared]) if shared else math.nan
+            rows.setdefault(row, []).append(number)
+        counts.append(len(shared))
+    return rows, counts
+
+
 def experts(results: dict) -> str:
-    """experts.py: AP by how an expert begins, and how well routers do without experts; over the
-    seeds that all rows of a stream have."""
+    """experts.py: what seed 5 has chosen; by how an expert begins; how well routers do without
+    experts; and the difference of the chosen row to others, means over seven streams."""
     texts = []
-    for sweep, name in (("experts-start", "AP"), ("experts-router", "right expert (%)")):
-        streams, rows = results[sweep], {}
-        for cells in streams.values():
-            runs = {row: finished(seeds) for row, seeds in cells.items()}
-            shared = sorted(set.intersection(*map(set, runs.values())))
-            for row, values in runs.items():
-                number = np.mean([values[seed][name] for seed in shared]) if shared else math.nan
-                rows.setdefault(row, []).append(number)
-            rows.setdefault("seeds", []).append(len(shared))
-        seeds = [str(n) for n in rows.pop("seeds")]
-        table = [[name, *streams, "mean"]]
+    for sweep in ("search-start", "experts-start", "experts-router"):
+        name = "right expert (%)" if "router" in sweep else "AP"
+        rows, counts = by_stream(results[sweep], name)
+        table = [[f"{sweep}, {name}", *results[sweep], "mean"]]
         table += [[row, *map(show, [*values, np.mean(values)])] for row, values in rows.items()]
-        texts.append(grid([*table, ["seeds", *seeds, ""]], True))
-    return "\n\n".join(texts)
+        texts.append(grid([*table, ["seeds", *map(str, counts), ""]], True))
+    table = [[f"{OURS} minus", "seeds", "AP", "AF"]]
+    chosen = per_seed(ours(results).values())
+    for sweep in ("all", "all-baselines"):
+        for row in next(iter(results[sweep].values())):
+            if sweep != "all" and row in results["all"]["dcl"]:
+                continue
+            other = per_seed(rows[row] for rows in results[sweep].values())
+            seeds = sorted(set(chosen).intersection(other))
+            pairs = [list(zip(chosen[seed], other[seed])) for seed in seeds]
+            table.append([row, str(len(seeds)), *map(difference, zip(*pairs))])
+    return "\n\n".join([*texts, grid(table, True)])
+
+
+def per_seed(streams) -> dict[int, tuple[float, float]]:
+    """{seed: (AP, AF)}, means over all streams, of the seeds that every stream has."""
+    runs = [finished(cells) for cells in streams]
+    return {
+        seed: tuple(np.mean([values[seed][name] for values in runs]) for name in ("AP", "AF"))
+        for seed in set.intersection(*map(set, runs))
+    }
 
 
 TABLES = {"choice": choice, "beside": beside, "drift": drift, "experts": experts}
