@@ -26,9 +26,8 @@ of their skills. A second loss keeps the similarities of images and questions as
 Letters: B batch, N samples of a stage, L captured layers, H heads, J = L H, T question tokens,
 P = h w image patches, K radial and M angular bins, S skills, D size of phi; t stage, s skill.
 
-Numbers in brackets, [3], are the deviations from the paper of docs/asr.md, which gives reasons and
-sources. The ones that change results most: DC is left out of d and of the peak [2], w is a constant
-[6], and pi is not rescaled over the skills that have a prototype [8].
+Numbers in brackets, [3], are the deviations from the paper of docs/asr.md. The ones that change
+most: DC is left out of d and of the peak [2], w is a constant [6], and pi is not rescaled [8].
 """
 
 import re
@@ -54,8 +53,9 @@ PUBLISHED = (1, 2, 3, 4, 5, 6, 7, 8, 16)  # deviations of docs/asr.md that --pub
 ABOUT = """\
 The first choice is the default. Skills (Eq. 5) are guessed from question embeddings, known from
 the data, or inferred from question words; their posterior is used as it is or one-hot. A prototype
-is mean and variance or the mean of a skill, of a stage (task), or of everything (global). phi holds
-all numbers, the raw maps without Fourier transform, or one of the two profiles."""
+is mean and variance or the mean of a skill, of a stage (task), or of everything (global). Matched
+to it is every sample or (ours) the mean of a skill's samples in a micro-batch. phi holds all
+numbers, the raw maps without Fourier transform, or one of the two profiles."""
 
 
 def parse(argv=None):
@@ -67,6 +67,7 @@ def parse(argv=None):
     add("--lambda_ang", type=data.weight, default=0.1, help="of d in L_spec, Eq. 26 (default: 0.1)")
     add("--tau", type=data.endless, default=1.0, help="of w, Eq. 25; inf: w = 1 (default: 1)")
     add("--skills", choices=["parser", "stream", "shared"], default="parser")
+    add("--match", choices=["sample", "mean"], default="sample")
     add("--posterior", choices=["soft", "hard"], default="soft")
     add("--prototypes", choices=["gaussian", "mean", "task", "global"], default="gaussian")
     add("--spectrum", choices=["full", "raw", "radial", "angular"], default="full")
@@ -356,10 +357,15 @@ def spectral_loss(phi, angular, pi, memory, args):
         D2_bs  = sum_i (phi_bi - mu_si)^2 / var_si / D [9]          w_b = exp(-min_s D2_bs / tau)
 
     phi [B, D], angular [B, M], pi [B, S] -> {"spectral": L_spec, "distance": mean D2 to the nearest
-    prototype, "weight": mean w}, the last two for the log.
+    prototype, "weight": mean w}, the last two for the log. --match mean: b is not a sample but the
+    mean of the samples of a skill, which counts as many [20].
     Skills without a prototype add nothing and do not enter the minimum; at least one must have one.
     """
-    seen = memory["count"] > 0
+    seen, count = memory["count"] > 0, len(phi)
+    if args.match == "mean" and pi.any():
+        used = pi.sum(0) > 0
+        share = normalize(pi.T[used])  # [skills, B]
+        phi, angular, pi = share @ phi, share @ angular, pi.sum(0).diag()[used]
     D2 = (phi[:, None] - memory["mean"]) ** 2  # [B, S, D]
     D2 = (D2 / prototype_variance(memory, args.prototypes, args.published)).mean(-1)  # [B, S]
     KL = symmetric_kl(angular[:, None], memory["angular"])  # [B, S]
@@ -367,7 +373,7 @@ def spectral_loss(phi, angular, pi, memory, args):
     nearest = D2[:, seen].amin(1)  # [B]
     w = torch.exp(-nearest / args.tau)  # Eq. 25; tau = inf: the fixed weight 1
     w = w if 6 in args.published else w.detach()  # [6]
-    pi, count = pi * seen, len(phi)
+    pi = pi * seen
     if 8 in args.published:  # pi over skills with a prototype, mean over samples with any pi left
         count = (pi.sum(1) > 0).sum().clamp(min=1)
         pi = normalize(pi)
@@ -399,8 +405,7 @@ CASES = 3  # for figure 9: test questions per stage whose map is kept
 
 def capture(llava, batch, args):
     """Inside this block the attention of the functional words is captured."""
-    rows = functional_rows(batch)
-    return capture_attention(llava.model, args.layers, rows, batch["image_mask"])
+    return capture_attention(llava.model, args.layers, functional_rows(batch), batch["image_mask"])
 
 
 def attention_maps(captured, llava):
@@ -462,10 +467,9 @@ def answer(llava, args, shown, samples):
     with capture(llava, batch, args) as captured:
         texts = llava.generate(batch)
         maps, words = attention_maps(captured, llava)
-    looks = descriptor(maps, words, args.spectrum, args.published)
     mean = token_average(maps, words).mean(1)  # over heads: [B, h, w]
-    looks = dict(zip(("phi", "angular", "radial", "map"), (*looks, mean)))
-    looks = {name: x.cpu().numpy() for name, x in looks.items()}
+    looks = *descriptor(maps, words, args.spectrum, args.published), mean
+    looks = {name: x.cpu().numpy() for name, x in zip(("phi", "angular", "radial", "map"), looks)}
     notes = []
     for b, sample in enumerate(samples):
         known = np.float32(1 if sample.image is not None else np.nan)

@@ -171,6 +171,19 @@ def test_spectral_loss_is_the_formula():
     assert no_d["spectral"] == no_KL["spectral"] < values["spectral"]
 
 
+def test_mean_matching_leaves_the_spread_alone():
+    """It sees the mean of a skill's samples; of one sample of each skill it is the usual loss."""
+    memory, args = filled_memory(), [settings("--match", match) for match in ("mean", "sample")]
+    phi, d, pi = torch.randn(2, 10), torch.rand(2, 8), torch.eye(3)[:2]
+    once = [asr.spectral_loss(phi, d, pi, memory, a)["spectral"] for a in args]
+    close(*once)
+    offset = torch.randn(2, 10)
+    wide = torch.cat([phi + offset, phi - offset]), d.repeat(2, 1), pi.repeat(2, 1)
+    spread = [asr.spectral_loss(*wide, memory, a)["spectral"] for a in args]
+    close(spread[0], once[0])
+    assert not torch.isclose(spread[1], once[1])
+
+
 def test_the_detached_weight_pulls_and_the_published_one_pushes_distant_maps_away():
     memory, pi = filled_memory(known=1), torch.tensor([[1.0, 0.0, 0.0]])
     std = asr.prototype_variance(memory)[0].sqrt()
