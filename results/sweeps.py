@@ -29,6 +29,7 @@ def vary(label: str, command: str, values) -> dict[str, str]:
 # {lr}: sequential LoRA's best on the whole stream, by AP (sweeps rate-cram and rate-mr-lora)
 LR = {"ucit": "2e-3", "trigap": "1e-3", "dcl": "1e-3", "acl": "5e-4"}
 TWICE = {"domains": "4e-3", "vqacl": "1e-3"}  # {twice}: two times the default learning rate
+FIRST = {"domains": "plain", "vqacl": "recognition"}  # {first}: the first stage
 # The other braces belong to the sweeps of all methods on seven streams, of which five are cut to 30
 # steps per stage (coin, ucit, trigap: in three epochs). Learning rates were chosen on seed 5, which
 # is not reported (sweep rate-all): {shared} for methods in which a question passes through all
@@ -111,6 +112,29 @@ ASR_REPORT = {"sequential": SEQUENTIAL, "geometry only": "asr.py --beta 0"}
 ASR_REPORT |= vary("spectral only,", "asr.py --gamma 0 --skills", SKILLS)
 ASR_REPORT |= vary("both,", "asr.py --skills", SKILLS)
 
+# What docs/asr.md asks: does the published variant work, which layers forget, is forgetting drift,
+# does a mean need no spread, can L_geo act, is a gain at 1e-2 more than damping, at which rates?
+ASR_PUBLISHED = {"ASR as published": "asr.py --published"}
+ASR_PARTS = {"q": "q", "q, k": "q,k", "v": "v", "projector": "projector"}
+ASR_PARTS |= {"feed-forward": "gate,up,down", "all": "q,k,v,o,gate,up,down,projector"}
+ASR_PARTS = {row: f"{SEQUENTIAL} --targets {targets}" for row, targets in ASR_PARTS.items()}
+ASR_SWAP = {"all parts": SEQUENTIAL, "first stage alone": f"{SEQUENTIAL} --order {{first}}"}
+LOSSES = {"sequential": SEQUENTIAL, "L_spec": "asr.py --gamma 0"}
+LOSSES["L_spec, means"] = "asr.py --gamma 0 --beta 1 --match mean"
+ASR_MATCH = {"sequential": SEQUENTIAL, "ASR": "asr.py"}
+ASR_MATCH["ASR, means (ours)"] = "asr.py --match mean --beta 1"  # fixed before seeds 30 to 34 ran
+ASR_GEOMETRY = vary("L_geo, gamma", "asr.py --beta 0 --gamma", (20, 200))
+ASR_DAMPED = {"sequential, alpha 8": f"{SEQUENTIAL} --lr 1e-2 --alpha 8"}
+ASR_DAMPED["sequential, lr 5e-3"] = f"{SEQUENTIAL} --lr 5e-3"
+ASR_RATES = vary("sequential, lr", f"{SEQUENTIAL} --lr", ("5e-4", "1e-3", "4e-3"))
+ASR_RATES |= vary("ASR, lr", "asr.py --lr", ("5e-4", "1e-3", "4e-3"))
+# Table 3 and Fig. 4; the first choice of each axis is "both, parser" of the sweep report
+ASR_TABLE = {"raw maps": "asr.py --spectrum raw", "radial profile": "asr.py --spectrum radial"}
+ASR_TABLE |= {"angular profile": "asr.py --spectrum angular"}
+ASR_TABLE |= vary("prototypes:", "asr.py --prototypes", ("global", "task", "mean"))
+ASR_TABLE |= {"hard posterior": "asr.py --posterior hard", "w = 1": "asr.py --tau inf"}
+ASR_TABLE |= {"lambda_ang 0": "asr.py --lambda_ang 0"}
+
 CRAM = {
     "sequential": f"{SEQUENTIAL} {LIKE_CRAM} --lr {{lr}}",
     ORACLE: "cram.py --buffer_share 0 --no-reuse --routing oracle",
@@ -165,6 +189,15 @@ SWEEPS = {
     "search-mlp-vqacl": Sweep(["vqacl"], range(2), ASR_SEARCH, f"{MLP} --lr 1e-3"),
     "report": Sweep(["domains", "vqacl"], range(5, 10), ASR_REPORT),
     "report-drift": Sweep(["domains"], range(5, 10), ASR_REPORT, "--lr 1e-2"),
+    "asr-hold": Sweep(["domains"], range(5, 10), LOSSES, "--targets q,k --lr 3e-3"),
+    "asr-match": Sweep(["domains", "vqacl"], range(30, 35), ASR_MATCH),
+    "asr-swap": Sweep(["domains", "vqacl"], range(5, 8), ASR_SWAP, "--targets q,k,v,projector"),
+    "asr-parts": Sweep(["domains"], range(5, 8), ASR_PARTS),
+    "asr-geometry": Sweep(["domains"], range(5, 10), ASR_GEOMETRY),
+    "asr-damped": Sweep(["domains"], range(5, 10), ASR_DAMPED),
+    "asr-rates": Sweep(["domains"], range(5, 8), ASR_RATES),
+    "asr-published": Sweep(["domains", "vqacl"], range(5, 10), ASR_PUBLISHED),
+    "asr-table": Sweep(["domains", "vqacl"], range(5, 8), ASR_TABLE),
     # CRAM and MR-LoRA beside what they have to beat
     "cram": Sweep(["ucit", "trigap"], range(5), CRAM),
     "cram-ablation": Sweep(["ucit", "trigap"], range(3), CRAM_ABLATION),
@@ -204,7 +237,7 @@ def cells(name: str) -> dict[tuple, str]:
     for seed in sweep.seeds:  # outermost: a stopped sweep then holds complete comparisons
         for stream in sweep.streams:
             fill = dict(zip(BRACES, ALL.get(stream, ())))
-            fill |= {"lr": LR.get(stream), "twice": TWICE.get(stream)}
+            fill |= {"lr": LR.get(stream), "twice": TWICE.get(stream), "first": FIRST.get(stream)}
             fill |= {"experts": folder_of(name, source(name), stream, seed)}
             for row, command in sweep.rows.items():
                 line = f"{command} {sweep.flags}".format(**fill)
