@@ -1,12 +1,15 @@
-"""Two interventions behind docs/asr.md, on the CPU: what carries the answer, and what forgets it.
+"""Behind docs/asr.md, on the CPU: what carries the answer, what forgets it, and is it drift?
 
     python results/causes.py hide    results/causes-hide.jsonl: some rows do not see the image
     python results/causes.py swap    results/causes-swap.jsonl: parts of a LoRA are put back
+    python results/causes.py drift   results/causes-drift.jsonl: the paper's pairs (Eqs. 1-2)
 
 hide: the pretrained model answers all tests of a stream while the image is hidden from some kind
 of rows in some decoder layers. What the answer loses came through these rows and layers.
 swap: of the LoRA after the last stage one part is put back as it was after the first stage (or the
 other way round), and the first stage is tested. Its runs are those of the sweep asr-swap.
+drift: for every skill and every stage since its own, the drift of its spectra in this stage (nats)
+and the points that are missing to its best earlier accuracy. Its runs are those of asr-match.
 """
 
 import argparse
@@ -15,20 +18,22 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from run import run_sweep  # noqa: E402
-from sweeps import SWEEPS, folder_of  # noqa: E402
+from sweeps import SWEEPS, cells, folder_of  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 import asr  # noqa: E402
 import data  # noqa: E402
-from eval import accuracy, evaluate, git_commit  # noqa: E402
-from files import input_errors, write_text  # noqa: E402
+import plot  # noqa: E402
+from eval import accuracy, evaluate, git_commit, read_run  # noqa: E402
+from files import input_errors, jsonable, write_text  # noqa: E402
 from model import LLaVA, read_lora  # noqa: E402
 
 STREAMS, RECORDS = ("domains", "vqacl"), Path(__file__).parent
@@ -108,17 +113,31 @@ def swap(stream, seed):
             yield record | {"accuracy": accuracy(rows, test.metric)}
 
 
+def drift(stream, row, seed):
+    """A record of a run: its pairs (drift in a stage, points below the best accuracy before)."""
+    folder, pairs = folder_of("asr-match", row, stream, seed), []
+    for states in plot.read_skills(folder, read_run(folder)).values():
+        scores = [100 * np.mean(state.scores) for state in states]
+        for k in range(1, len(states)):
+            moved = plot.change(states[k - 1], states[k])[0]
+            pairs.append((moved, max(scores[:k]) - scores[k]))
+    yield {"stream": stream, "row": row, "seed": seed, "pairs": pairs}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("which", choices=["hide", "swap"])
+    parser.add_argument("which", choices=["hide", "swap", "drift"])
     which = parser.parse_args().which
     if which == "swap":
         run_sweep("asr-swap")
         sweep = SWEEPS["asr-swap"]
         records = [r for s in sweep.streams for seed in sweep.seeds for r in swap(s, seed)]
+    elif which == "drift":
+        run_sweep("asr-match")
+        records = [r for row, stream, seed in cells("asr-match") for r in drift(stream, row, seed)]
     else:
         records = [record for stream in STREAMS for record in hide(stream)]
-    lines = [json.dumps(record | {"commit": git_commit()}) for record in records]
+    lines = [json.dumps(jsonable(record | {"commit": git_commit()})) for record in records]
     write_text(RECORDS / f"causes-{which}.jsonl", "\n".join(lines) + "\n")
 
 

@@ -8,6 +8,7 @@ import json
 import math
 from pathlib import Path
 
+import asr_page
 import numpy as np
 
 import plot
@@ -178,6 +179,7 @@ def figures(results: dict) -> str:
     labels = "router", "", "right expert (%)"
     panels = {"Routers without training, pretrained model": np.array(list(rows.values()))}
     plot.heat_maps(panels, names, labels, (0, 100), path / "experts-routers.png")
+    asr_page.figures(results, path)
     return str(path)
 
 
@@ -233,4 +235,4 @@ def per_seed(streams) -> dict[int, tuple[float, float]]:
 
 
 TABLES = {"choice": choice, "beside": beside, "drift": drift, "experts": experts}
-TABLES |= {"figures": figures}
+TABLES |= {"asr": asr_page.asr, "figures": figures}
