@@ -83,12 +83,12 @@ def look(llava, args, batch):
 
 
 def discriminants(memory, shrinkage):
-    """Weights [d, T] and biases [T] of Fisher's linear discriminants with equal priors, float64."""
+    """Fisher's linear discriminants with equal priors, "weights" [d, T] and "bias" [T], float64."""
     S = memory["covariance"] / len(memory["mean"])  # [d, d], means of the stages' covariances
     least = max(shrinkage * float(S.trace()) / len(S), 1e-9)  # where all x of a stage are equal
     S = (1 - shrinkage) * S + least * torch.eye(len(S), dtype=S.dtype)
     weights = torch.linalg.solve(S, memory["mean"].T)
-    return weights, -(memory["mean"].T * weights).sum(0) / 2
+    return {"weights": weights, "bias": -(memory["mean"].T * weights).sum(0) / 2}
 
 
 def probability(x, memory, args):
@@ -97,8 +97,7 @@ def probability(x, memory, args):
     if args.router == "cosine":
         x, mean = (torch.nn.functional.normalize(y) for y in (x, memory["mean"]))
         return (20 * x @ mean.T).softmax(1)
-    weights, bias = discriminants(memory, args.shrinkage)
-    return (x @ weights + bias).softmax(1)
+    return (x @ memory["weights"] + memory["bias"]).softmax(1)
 
 
 # ---- 3. The memory: means, one covariance, experts -----------------------------------------------
@@ -118,21 +117,19 @@ def welford(stage, x):
 
 
 def remember(memory, llava, samples, args):
-    """One pass over a stage's training samples adds its mean [d] and its covariance; returns the
-    mean probability of the earlier experts [t] for these samples (None in the first stage)."""
+    """One pass over a stage's training samples adds its mean [d] and its covariance [d, d]; returns
+    the mean probability of the earlier experts [t] for these samples (None in the first stage)."""
     stage, alike, look_at = {}, [], partial(look, llava, args)
     for k in range(0, len(samples), CHUNK):
         chunk, size = samples[k : k + CHUNK], args.eval_batch_size
         x = llava.over(chunk, size, look_at, "means and covariance")[0]
         welford(stage, x)
         alike += [probability(x, memory, args)] if memory else []
-    new = {"mean": stage["mean"][None], "covariance": stage["scatter"] / stage["count"]}
-    if not memory:
-        memory |= new
-        return None
-    memory["mean"] = torch.cat([memory["mean"], new["mean"]])
-    memory["covariance"] = memory["covariance"] + new["covariance"]
-    return torch.cat(alike).mean(0)
+    memory["mean"] = torch.stack([*memory.get("mean", ()), stage["mean"]])
+    covariance = stage["scatter"] / stage["count"]
+    memory["covariance"] = memory.get("covariance", 0) + covariance  # divided by T when it is used
+    memory |= discriminants(memory, args.shrinkage)
+    return torch.cat(alike).mean(0) if alike else None
 
 
 def begin_expert(layers, args, t, alike):

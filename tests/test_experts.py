@@ -32,7 +32,8 @@ def memory_of(stages, batch=7):
             experts.welford(stage, x[k : k + batch])
         memory["mean"].append(stage["mean"])
         memory["covariance"] = memory["covariance"] + stage["scatter"] / stage["count"]
-    return memory | {"mean": torch.stack(memory["mean"])}
+    memory["mean"] = torch.stack(memory["mean"])
+    return memory | experts.discriminants(memory, ARGS.shrinkage)
 
 
 def test_probabilities_are_those_of_scikit_learn(stages):
