@@ -18,7 +18,7 @@ SLDA, Hayes and Kanan 2020, arXiv 1909.01520; on features of large models: RanPA
     start      how an expert begins                     begin_expert
 
     python experts.py --stream dcl                      mini stream, tiny LLaVA: laptop, minutes
-    python experts.py --stream dcl --start mean --out runs/mean     from the mean of earlier experts
+    python experts.py --stream dcl --start fresh --out runs/fresh   every expert from nothing
     python experts.py --stream dcl --data DIR --model llava-hf/llava-1.5-7b-hf     one GPU
 
 Letters: B batch, N samples, T tasks, t stage, k expert, d size of x, r rank, s shrinkage. Numbers
@@ -55,8 +55,8 @@ def parse(argv=None):
     about = "what x holds: image and question, one of them, the last layer's mean (default: both)"
     add("--features", choices=["both", "image", "question", "last"], default="both", help=about)
     add("--shrinkage", type=data.fraction, default=0.01, metavar="S", help="(default: 0.01)")
-    about = "how an expert begins: from nothing, the last, the mean of all, or of alike ones"
-    add("--start", choices=["fresh", "last", "mean", "alike"], default="fresh", help=about)
+    about = "an expert begins from nothing, the last, the mean of all, or of alike (default) ones"
+    add("--start", choices=["fresh", "last", "mean", "alike"], default="alike", help=about)
     add("--untrained", action="store_true", help="experts stay empty: measures the router alone")
     args = parser.parse_args(argv)
     return args if args.plot else data.resolve_defaults(args)

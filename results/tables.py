@@ -186,7 +186,7 @@ def figures(results: dict) -> str:
 def ours(results: dict) -> dict:
     """{stream: {seed: record}} of the row "experts + LDA (ours)", whose start seed 5 has chosen."""
     starts, more = results["experts-start"], results["experts-more"]
-    return {stream: rows["mean"] | more[stream]["mean"] for stream, rows in starts.items()}
+    return {stream: rows["alike"] | more[stream]["alike"] for stream, rows in starts.items()}
 
 
 def by_stream(sweep: dict, name: str) -> tuple[dict, list[int]]:

@@ -43,7 +43,7 @@ SCRIPTS = {  # script -> its flags; the two stages that are run
     "asr.py": "--stream vqacl --order recognition,count",
     "cram.py": "--stream ucit --order ArxivQA,IconQA",
     "mllm_cl.py": "--stream dcl --order RS,AD --router_epochs 2 --shots 8",
-    "experts.py": "--stream dcl --order RS,AD --start mean",
+    "experts.py": "--stream dcl --order RS,AD",
     "baselines.py": "--method sequential --stream vqacl --order recognition,count",
 }
 FEW = "--limit 4 --limit_test 2 --batch_size 2 --accumulate 1 --epochs 1 --max_new_tokens 4"

@@ -95,7 +95,7 @@ def test_every_sample_of_a_batch_gets_its_expert():
 def test_fresh_experts_are_those_of_mr_lora(flags, tmp_path):
     """With the task known, the same answers; and with --untrained the router is measured alone."""
     small = [*flags, "--epochs", "1", "--dropout", "0", "--router", "oracle"]
-    ours = run_here("experts", small, tmp_path / "ours")
+    ours = run_here("experts", [*small, "--start", "fresh"], tmp_path / "ours")
     theirs = run_here("mllm_cl", [*small, "--shots", "2"], tmp_path / "theirs")
     for stage in ("one", "two", "three"):
         name = f"experts/{stage}/adapter_model.safetensors"
