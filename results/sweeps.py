@@ -101,7 +101,7 @@ STARTS = vary("", f"{EXPERTS} --start", ("fresh", "last", "mean", "alike"))
 BESIDE = {"sequential": METHODS["sequential"], "alike": STARTS["alike"]}  # the start of seed 5
 ROUTERS = vary("LDA,", "experts.py --features", ("both", "image", "question", "last"))
 ROUTERS["cosine, both"] = "experts.py --router cosine"
-UNTRAINED = "{cut} --untrained --max_new_tokens 1"
+UNTRAINED = "{cut} --untrained --start fresh --max_new_tokens 1"
 ROUTER_SEARCH = vary("steps of", "mllm_cl.py --lr {chosen} --router_batch", (16, 4))
 
 # without L_geo, for every kind of skills; then at ten times the paper's weight
