@@ -98,6 +98,7 @@ RATE_SEARCH = (
 WARM_SEARCH = vary("mean, lr", "experts.py --start mean --lr", RATES[2:])
 EXPERTS = "experts.py --lr 4e-3"  # the best of sweep rate-experts on the mean
 STARTS = vary("", f"{EXPERTS} --start", ("fresh", "last", "mean", "alike"))
+CONTENDERS = {row: STARTS[row] for row in ("fresh", "mean", "alike")}
 BESIDE = {"sequential": METHODS["sequential"], "alike": STARTS["alike"]}  # the start of seed 5
 ROUTERS = vary("LDA,", "experts.py --features", ("both", "image", "question", "last"))
 ROUTERS["cosine, both"] = "experts.py --router cosine"
@@ -209,10 +210,10 @@ SWEEPS = {
     "all-baselines": Sweep([*CUT, "dcl", "acl"], range(3), BASELINES, "{cut}"),
     "rate-all": Sweep(CUT, [5], RATE_SEARCH, "{cut}"),
     "rate-experts": Sweep([*CUT, "dcl", "acl"], [5], WARM_SEARCH, "{cut}"),
-    "search-start": Sweep([*CUT, "dcl", "acl"], [5], STARTS, "{cut}"),
+    "search-start": Sweep([*CUT, "dcl", "acl"], range(5, 8), CONTENDERS, "{cut}"),
     "experts-start": Sweep([*CUT, "dcl", "acl"], range(3), STARTS, "{cut}"),
     "experts-more": Sweep([*CUT, "dcl", "acl"], range(3, 5), BESIDE, "{cut}"),
-    "experts-router": Sweep([*CUT, "dcl", "acl"], range(3), ROUTERS, UNTRAINED),
+    "experts-router": Sweep([*CUT, "dcl", "acl"], range(2), ROUTERS, UNTRAINED),
     "search-router": Sweep(["vqacl"], [5], ROUTER_SEARCH, "{cut}"),
     "search-baselines": Sweep(["vqacl", "dcl"], [5], BASELINE_SEARCH, "{cut}"),
     "vqacl-reversed": Sweep(["vqacl"], range(3), VQACL_ORDERS, "{cut} --order reverse"),
