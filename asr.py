@@ -433,7 +433,7 @@ def backward(llava, batch, args, beta, pi, memory, reference):
             log["geometry"] = geometry * batch["sample_share"]
         log["loss"] = log["task"] + beta * log["spectral"] + args.gamma * log["geometry"]
         log["loss"].backward()  # inside: checkpointing runs the captured layers again
-    return {name: x.item() for name, x in log.items()}
+    return {name: x.detach().double() for name, x in log.items()}
 
 
 def reference_embeddings(llava, samples, args):
@@ -526,9 +526,8 @@ def main(args):
             log = Counter()  # adds up over the micro-batches
             for batch in llava.micro_batches(stage.train, steps[k]):
                 log.update(backward(llava, batch, args, beta, pi, memory, reference))
-            log = llava.sync(lora, log)
-            norm = torch.nn.utils.clip_grad_norm_(lora, 1.0).item()
-            run.log(t, lr=lr, gradient_norm=norm, **log)  # stops the run at a nan
+            log = llava.clip(lora, log)
+            run.log(t, lr=lr, **log)  # stops the run at a nan
             optimizer.step()
             if (k + 1) % SAVE_EVERY == 0:
                 memories = {"memory": memory, "parser": parser}

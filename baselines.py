@@ -464,7 +464,7 @@ def backward(method, t, batch):
     log["loss"] = sum(log.values())
     log = {name: x * batch["token_share"] for name, x in log.items()}
     log["loss"].backward()
-    return {name: x.item() for name, x in log.items()}
+    return {name: x.detach().double() for name, x in log.items()}
 
 
 # ---- 3. The run ----------------------------------------------------------------------------------
@@ -510,10 +510,9 @@ def main(args, kind=None):
                 log.update(backward(method, t, batch))
             for name, penalty in method.penalties(t).items() if llava.first else ():
                 penalty.backward()  # once per step: by the first process of torchrun alone
-                log.update({"loss": penalty.item(), name: penalty.item()})
-            log = llava.sync(method.lora, log)
-            norm = torch.nn.utils.clip_grad_norm_(method.lora, 1.0).item()
-            run.log(p, lr=lr, gradient_norm=norm, **log)  # stops the run at a nan
+                log.update(dict.fromkeys(("loss", name), penalty.detach().double()))
+            log = llava.clip(method.lora, log)
+            run.log(p, lr=lr, **log)  # stops the run at a nan
             optimizer.step()
             if (k + 1) % SAVE_EVERY == 0:
                 run.save((p, k + 1), optimizer, **method.state())

@@ -351,7 +351,7 @@ def backward(llava, batch, args, routing, layers, pi, gamma):
     log["orthogonality"] = orthogonality_loss(layers) * batch["sample_share"]
     log["loss"] = log["task"] + args.lambda_orth * log["orthogonality"]
     log["loss"].backward()
-    return {name: x.item() for name, x in log.items()}
+    return {name: x.detach().double() for name, x in log.items()}
 
 
 def shared_energy(layer):
@@ -485,10 +485,9 @@ def main(args):
             log = Counter()  # adds up over the micro-batches
             for batch in llava.micro_batches(stage.train, steps[k]):
                 log.update(backward(llava, batch, args, routing, layers, pi, gamma))
-            log = llava.sync(lora, log)
-            norm = torch.nn.utils.clip_grad_norm_(lora, 1.0).item()
+            log = llava.clip(lora, log)
             phase = "buffer" if routing.buffer else "expert"
-            run.log(t, lr=lr, gradient_norm=norm, **log, phase=phase)  # stops the run at a nan
+            run.log(t, lr=lr, **log, phase=phase)  # stops the run at a nan
             optimizer.step()
             if (k + 1) % SAVE_EVERY == 0:
                 memories = {"memory": memory, "costs": costs}

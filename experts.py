@@ -233,9 +233,8 @@ def main(args):
             log = Counter()  # adds up over the micro-batches
             for batch in llava.micro_batches(stage.train, steps[k]):
                 log.update(backward(llava, batch))
-            log = llava.sync(lora, log)
-            norm = torch.nn.utils.clip_grad_norm_(lora, 1.0).item()
-            run.log(t, lr=lr, gradient_norm=norm, **log)  # stops the run at a nan
+            log = llava.clip(lora, log)
+            run.log(t, lr=lr, **log)  # stops the run at a nan
             optimizer.step()
             if (k + 1) % SAVE_EVERY == 0:
                 run.save((t, k + 1), optimizer, **experts_state(llava, memory))

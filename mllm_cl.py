@@ -254,7 +254,7 @@ def backward(llava, batch):
     """Forward and backward for one micro-batch; returns its share of the step's log."""
     loss = llava.forward(batch).loss * batch["token_share"]
     loss.backward()
-    return {"loss": loss.item()}
+    return {"loss": loss.detach().double()}
 
 
 # ---- 5. Answering the questions of a test: route, then answer ------------------------------------
@@ -407,9 +407,8 @@ def main(args):
                 log = Counter()  # adds up over the micro-batches
                 for batch in llava.micro_batches(samples, steps[k]):
                     log.update(backward(llava, batch))
-                log = llava.sync(lora, log)
-                norm = torch.nn.utils.clip_grad_norm_(lora, 1.0).item()
-                run.log(t, lr=lr, gradient_norm=norm, **log, phase=phase)  # stops the run at a nan
+                log = llava.clip(lora, log)
+                run.log(t, lr=lr, **log, phase=phase)  # stops the run at a nan
                 optimizer.step()
                 if (k + 1) % SAVE_EVERY == 0:
                     run.save((t, h, k + 1), optimizer, lora=llava.lora_state(), **team.state())

@@ -153,18 +153,24 @@ class LLaVA:
             means[pictured] = batch["features"].float().mean(1)
         return means
 
-    def sync(self, parameters, log):
-        """Between backward and clipping: under torchrun every process gets the sum of all
-        gradients (DistributedDataParallel would take their mean), and of the numbers to log."""
+    def clip(self, parameters, log, most=1.0):
+        """Between backward and the optimizer's step: clip the gradient's norm, and return the log
+        as numbers, with "gradient_norm" before clipping. Here alone a step waits for a GPU. Under
+        torchrun every process gets the sum of all gradients (DistributedDataParallel would take
+        their mean), and of the numbers."""
         if processes()[1] > 1:
             used = gather([p.grad is not None for p in parameters])
             for p, anywhere in zip(parameters, map(any, zip(*used))):
                 if anywhere:
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                     dist.all_reduce(p.grad)
-        logs = gather(log)  # that of a process without a micro-batch is empty
+        norm = nn.utils.clip_grad_norm_(parameters, most)
+        values = [x.to(self.device, torch.float64) for x in (norm, *log.values())]
+        norm, *values = torch.stack(values).tolist()
+        logs = gather(dict(zip(log, values)))  # that of a process without a micro-batch is empty
         names = dict.fromkeys(name for other in logs for name in other)
-        return {name: sum(other.get(name, 0) for other in logs) for name in names}
+        sums = {name: sum(other.get(name, 0) for other in logs) for name in names}
+        return {"gradient_norm": norm, **sums}
 
     def eval(self):
         """Training is over: eval mode. InputError if it has left a weight that is not finite."""
