@@ -137,6 +137,7 @@ def run(script, flags, args, folder):
         "seconds_a_sample": train / trained,
         "seconds_a_question": record["seconds_by_part"]["evaluation"] / asked,
         "seconds": record["seconds"],
+        "seconds_by_part": record["seconds_by_part"],
         "peak_mb": record["peak_memory_mb"],
         "trainable_parameters": record["trainable_parameters"],
         "finite": all(abs(line["loss"]) < 1e4 for line in steps),
