@@ -26,7 +26,7 @@ in brackets, [3], are choices that docs/experts.md explains.
 """
 
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -76,10 +76,14 @@ def look(llava, args, batch):
         x = frozen_features(llava, batch)
         C = llava.model.config.vision_config.hidden_size
         x = {"both": x, "image": x[:, :C], "question": x[:, C:]}[args.features]
-    if x.shape[1] > PROJECTED:  # a fixed random projection, drawn anew rather than stored [3]
-        generator = torch.Generator().manual_seed(0)
-        x = x @ torch.randn(x.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
-    return [x]
+    return [x @ projection(x.shape[1]) if x.shape[1] > PROJECTED else x]
+
+
+@cache
+def projection(d):
+    """A fixed random matrix [d, PROJECTED], drawn from a seed rather than stored [3]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(d, PROJECTED, generator=generator) / PROJECTED**0.5
 
 
 def discriminants(memory, shrinkage):
