@@ -54,6 +54,14 @@ def test_no_order_of_samples_or_batches_changes_the_memory(stages):
     assert torch.equal(before["mean"], memory["mean"][:2])  # later stages change no old mean
 
 
+def test_the_projection_keeps_distances():
+    torch.manual_seed(0)
+    x = torch.randn(30, 5120)
+    before, after = torch.pdist(x), torch.pdist(x @ experts.projection(5120))
+    torch.testing.assert_close(after, before, rtol=0.15, atol=0)
+    assert experts.projection(5120) is experts.projection(5120)
+
+
 def test_an_expert_begins_as_a_mean_of_earlier_ones():
     layer = StackedLoRALinear(torch.nn.Linear(12, 10), 2, 4.0, 0.0, alone=True)
     pairs = []
