@@ -55,8 +55,8 @@ def parse(argv=None):
     about = "what x holds: image and question, one of them, the last layer's mean (default: both)"
     add("--features", choices=["both", "image", "question", "last"], default="both", help=about)
     add("--shrinkage", type=data.fraction, default=0.01, metavar="S", help="(default: 0.01)")
-    about = "an expert begins from nothing, the last, the mean of all, or of alike (default) ones"
-    add("--start", choices=["fresh", "last", "mean", "alike"], default="alike", help=about)
+    about = "an expert begins from nothing, the last, the mean of all (default), or of alike ones"
+    add("--start", choices=["fresh", "last", "mean", "alike"], default="mean", help=about)
     add("--untrained", action="store_true", help="experts stay empty: measures the router alone")
     args = parser.parse_args(argv)
     return args if args.plot else data.resolve_defaults(args)

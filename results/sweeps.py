@@ -93,13 +93,13 @@ RATE_SEARCH = (
     | vary(f"{ORACLE}, lr", "mllm_cl.py --router oracle --lr", RATES[1:])
     | vary("joint, lr", f"{JOINT} --lr", RATES[1:])
 )
-# experts.py: rates for experts that begin as a mean, then beginnings, both chosen on seed 5 and
+# experts.py: rates for experts that begin as a mean (seed 5), then beginnings (seeds 5 to 7), both
 # reported on others; routers without experts
 WARM_SEARCH = vary("mean, lr", "experts.py --start mean --lr", RATES[2:])
 EXPERTS = "experts.py --lr 4e-3"  # the best of sweep rate-experts on the mean
 STARTS = vary("", f"{EXPERTS} --start", ("fresh", "last", "mean", "alike"))
 CONTENDERS = {row: STARTS[row] for row in ("fresh", "mean", "alike")}
-BESIDE = {"sequential": METHODS["sequential"], "alike": STARTS["alike"]}  # the start of seed 5
+BESIDE = {"sequential": METHODS["sequential"], "mean": STARTS["mean"]}  # what search-start chose
 ROUTERS = vary("LDA,", "experts.py --features", ("both", "image", "question", "last"))
 ROUTERS["cosine, both"] = "experts.py --router cosine"
 UNTRAINED = "{cut} --untrained --start fresh --max_new_tokens 1"
@@ -195,7 +195,7 @@ SWEEPS = {
     "asr-match": Sweep(["domains", "vqacl"], range(30, 35), ASR_MATCH),
     "asr-swap": Sweep(["domains", "vqacl"], range(5, 8), ASR_SWAP, "--targets q,k,v,projector"),
     "asr-parts": Sweep(["domains"], range(5, 8), ASR_PARTS),
-    "asr-geometry": Sweep(["domains"], range(5, 10), ASR_GEOMETRY),
+    "asr-geometry": Sweep(["domains"], range(5, 8), ASR_GEOMETRY),
     "asr-damped": Sweep(["domains"], range(5, 10), ASR_DAMPED),
     "asr-rates": Sweep(["domains"], range(5, 8), ASR_RATES),
     "asr-published": Sweep(["domains", "vqacl"], range(5, 10), ASR_PUBLISHED),

@@ -184,9 +184,9 @@ def figures(results: dict) -> str:
 
 
 def ours(results: dict) -> dict:
-    """{stream: {seed: record}} of the row "experts + LDA (ours)", whose start seed 5 has chosen."""
+    """{stream: {seed: record}} of the row "experts + LDA (ours)", as search-start has chosen it."""
     starts, more = results["experts-start"], results["experts-more"]
-    return {stream: rows["alike"] | more[stream]["alike"] for stream, rows in starts.items()}
+    return {stream: rows["mean"] | more[stream]["mean"] for stream, rows in starts.items()}
 
 
 def by_stream(sweep: dict, name: str) -> tuple[dict, list[int]]:
@@ -203,8 +203,8 @@ def by_stream(sweep: dict, name: str) -> tuple[dict, list[int]]:
 
 
 def experts(results: dict) -> str:
-    """experts.py: what seed 5 has chosen; by how an expert begins; how well routers do without
-    experts; and the difference of the chosen row to others, means over seven streams."""
+    """experts.py: how an expert begins, on the seeds that chose it and on others; how well routers do
+    without experts; and the difference of the chosen row to others, means over seven streams."""
     texts = []
     for sweep in ("search-start", "experts-start", "experts-router"):
         name = "right expert (%)" if "router" in sweep else "AP"
