@@ -203,7 +203,7 @@ def by_stream(sweep: dict, name: str) -> tuple[dict, list[int]]:
 
 
 def experts(results: dict) -> str:
-    """experts.py: how an expert begins, on the seeds that chose it and on others; how well routers do
+    """experts.py: how an expert begins, on the seeds that chose and on others; how well routers do
     without experts; and the difference of the chosen row to others, means over seven streams."""
     texts = []
     for sweep in ("search-start", "experts-start", "experts-router"):
