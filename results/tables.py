@@ -112,6 +112,8 @@ def choice(results: dict) -> str:
             runs[row] = {seed: cells[seed] for seed in seeds if cells}
             for seed, values in runs[row].items():
                 values["time"] = values["seconds"] / runs["sequential"][seed]["seconds"]
+        for values in runs[OURS].values():  # another machine than that of the other rows
+            values["time"] = time_of(results, stream)
         streams[stream] = runs
     names = ("AP", "MFT", "AF", "stored (1000)", "kept samples", "time")
     first, second = [["AP", *streams]], [["mean over streams", *names]]
@@ -189,6 +191,13 @@ def ours(results: dict) -> dict:
     return {stream: rows["mean"] | more[stream]["mean"] for stream, rows in starts.items()}
 
 
+def time_of(results: dict, stream: str) -> float:
+    """Time of the row "experts + LDA (ours)" relative to sequential LoRA on the same machine."""
+    rows = results["experts-more"][stream]
+    pairs = zip(rows["mean"].values(), rows["sequential"].values())
+    return np.mean([a["seconds"] / b["seconds"] for a, b in pairs if a and b] or math.nan)
+
+
 def by_stream(sweep: dict, name: str) -> tuple[dict, list[int]]:
     """{row: a number per stream, mean over the seeds that all rows have}, numbers of seeds."""
     rows, counts = {}, []
@@ -222,7 +231,9 @@ def experts(results: dict) -> str:
             seeds = sorted(set(chosen).intersection(other))
             pairs = [list(zip(chosen[seed], other[seed])) for seed in seeds]
             table.append([row, str(len(seeds)), *map(difference, zip(*pairs))])
-    return "\n\n".join([*texts, grid(table, True)])
+    times = [time_of(results, stream) for stream in results["experts-more"]]
+    time = f"Time: {np.mean(times):.2f} of that of sequential LoRA on the same machine."
+    return "\n\n".join([*texts, grid(table, True), time])
 
 
 def per_seed(streams) -> dict[int, tuple[float, float]]:
