@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import run_here
 
+import attention
 import data
 import eval as evaluation
 from files import InputError, write_text
@@ -18,6 +19,7 @@ from files import InputError, write_text
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "results"))  # run.py is a script, and imports its neighbors
 run, sweeps, tables = (importlib.import_module(name) for name in ("run", "sweeps", "tables"))
+causes = importlib.import_module("causes")
 
 SETTINGS = """seed stream method lr epochs batch_size rank alpha targets dropout warm_up limit
     limit_test router beta gamma lambda_ang skills posterior layers shots router_lr buffer
@@ -93,6 +95,25 @@ def test_every_table_is_printed(capsys, monkeypatch):
     for name in (*tables.TABLES, "cram"):
         run.main([name, "--table"])
         assert capsys.readouterr().out.count("\n|") > 3
+
+
+def test_what_hides_the_image_hides_all_of_it_and_nothing_else(tiny, samples):
+    """Answers with the image hidden from all text do not depend on it; with nothing hidden they are
+    the usual ones."""
+    pictured = [sample for sample in samples if sample.image][:4]
+    batch, hidden = tiny.batch(pictured, train=False), causes.Hidden()
+    other = batch | {"features": batch["features"].flip(0) + 1}
+    usual, told = tiny.generate(batch, 6), {}
+    hidden.layers = range(tiny.depth)
+    causes.ALL_ATTENTION_FUNCTIONS.register("capture", hidden)
+    try:
+        for kind in causes.ROWS:
+            hidden.choose(kind, batch)
+            told[kind] = [tiny.generate(seen, 6) for seen in (batch, other)]
+    finally:
+        causes.ALL_ATTENTION_FUNCTIONS.register("capture", attention._attention)
+    assert told["nothing"][0] == usual != told["nothing"][1]
+    assert told["all text"][0] == told["all text"][1] != usual
 
 
 def test_a_missing_cell_is_run_and_added_once(stream_folder, tiny_folder, tmp_path, monkeypatch):
