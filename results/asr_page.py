@@ -24,8 +24,8 @@ def comparisons(results: dict) -> dict:
     usual = {s: {"sequential": rows["sequential"]} for s, rows in report.items()}
     both = {stream: rows | {"ASR": report[stream][ASR]} for stream, rows in usual.items()}
     groups = {f"a. published, {s}": both[s] | results["asr-published"][s] for s in both}
-    groups |= {f"b. choices, {s}": both[s] | rows for s, rows in results["asr-table"].items()}
-    groups["d. trained layers, domains"] = results["asr-parts"]["domains"]
+    parts = results["asr-parts"]["domains"]
+    groups["d. trained layers, domains"] = {"all": parts["all"]} | parts
     groups["e. q, k alone at 3e-3, domains"] = results["asr-hold"]["domains"]
     groups |= {f"f. means, {s}": rows for s, rows in results["asr-match"].items()}
     geometry = {"L_geo, gamma 0.05": report["domains"]["geometry only"]}

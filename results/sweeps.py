@@ -130,12 +130,6 @@ ASR_DAMPED = {"sequential, alpha 8": f"{SEQUENTIAL} --lr 1e-2 --alpha 8"}
 ASR_DAMPED["sequential, lr 5e-3"] = f"{SEQUENTIAL} --lr 5e-3"
 ASR_RATES = vary("sequential, lr", f"{SEQUENTIAL} --lr", ("5e-4", "1e-3", "4e-3"))
 ASR_RATES |= vary("ASR, lr", "asr.py --lr", ("5e-4", "1e-3", "4e-3"))
-# Table 3 and Fig. 4; the first choice of each axis is "both, parser" of the sweep report
-ASR_TABLE = {"raw maps": "asr.py --spectrum raw", "radial profile": "asr.py --spectrum radial"}
-ASR_TABLE |= {"angular profile": "asr.py --spectrum angular"}
-ASR_TABLE |= vary("prototypes:", "asr.py --prototypes", ("global", "task", "mean"))
-ASR_TABLE |= {"hard posterior": "asr.py --posterior hard", "w = 1": "asr.py --tau inf"}
-ASR_TABLE |= {"lambda_ang 0": "asr.py --lambda_ang 0"}
 
 CRAM = {
     "sequential": f"{SEQUENTIAL} {LIKE_CRAM} --lr {{lr}}",
@@ -199,7 +193,6 @@ SWEEPS = {
     "asr-damped": Sweep(["domains"], range(5, 10), ASR_DAMPED),
     "asr-rates": Sweep(["domains"], range(5, 8), ASR_RATES),
     "asr-published": Sweep(["domains", "vqacl"], range(5, 10), ASR_PUBLISHED),
-    "asr-table": Sweep(["domains", "vqacl"], range(5, 8), ASR_TABLE),
     # CRAM and MR-LoRA beside what they have to beat
     "cram": Sweep(["ucit", "trigap"], range(5), CRAM),
     "cram-ablation": Sweep(["ucit", "trigap"], range(3), CRAM_ABLATION),
