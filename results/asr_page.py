@@ -134,6 +134,8 @@ def rates(results: dict) -> dict:
         points |= {"2e-3": report[row], "1e-2": fast[row]}
         points = dict(sorted(points.items(), key=lambda item: float(item[0])))
         runs = shared(points)
+        if not runs:
+            return {}
         for name in ("AP", "AF"):
             values = [[r["metrics"][name] for r in cells.values()] for cells in runs.values()]
             x = [float(lr) for lr in runs]
@@ -155,31 +157,26 @@ def asr(results: dict) -> str:
     groups = {title: shared(rows) for title, rows in comparisons(results).items()}
     texts = [table(title, rows) if rows else f"{title}: missing" for title, rows in groups.items()]
     texts += [hidden_table(stream, nested) for stream, nested in hidden().items()]
-    return "\n\n".join(
-        [*texts, swapped_table(swapped()), rates_table(rates(results)), drift_table()]
-    )
+    texts += [rates_table(panels)] if (panels := rates(results)) else []
+    return "\n\n".join([*texts, swapped_table(swapped()), drift_table()])
 
 
 def forest(groups: dict, path: Path) -> None:
-    """AP and AF minus those of the first row, paired by seed, with 95% intervals."""
-    rows = [
-        (f"{title.split('.')[0]}. {row}", rows) for title, rows in groups.items() for row in rows
-    ]
-    figure, axes = plot.new_figure(1, 2, 1 + 0.17 * len(rows), sharey=True)
+    """AP and AF minus those of the first row, paired by seed, with 95% intervals; orange: not 0."""
+    entries = [(title, row, rows) for title, rows in groups.items() for row in list(rows)[1:]]
+    figure, axes = plot.new_figure(1, 2, 1 + 0.17 * len(entries), sharey=True)
     for axis, name in zip(axes[0], ("AP", "AF")):
-        for k, (label, cells) in enumerate(rows):
-            row, first = label.split(". ", 1)[1], next(iter(cells.values()))
-            pairs = zip(
-                *((cells[row][s]["metrics"][name], first[s]["metrics"][name]) for s in first)
-            )
-            mean, low, high, _ = paired(*pairs)
+        for k, (_, row, rows) in enumerate(entries):
+            first = next(iter(rows.values()))
+            values = [[r["metrics"][name] for r in cells.values()] for cells in (rows[row], first)]
+            mean, low, high, _ = paired(*values)
             color = plot.COLORS[1 if low > 0 or high < 0 else 0]
-            if cells[row] is not first:
-                axis.plot([low, high], [k, k], color=color)
-                axis.plot(mean, k, "o", color=color, markersize=4)
+            axis.plot([low, high], [k, k], color=color)
+            axis.plot(mean, k, "o", color=color, markersize=4)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(f"{name} minus that of the first row")
-    axis.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
+    names = [f"{title[:2]} {row} ({title.split(', ')[-1]})" for title, row, _ in entries]
+    axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.invert_yaxis()
     figure.savefig(path)
 
@@ -212,4 +209,5 @@ def figures(results: dict, folder: Path) -> None:
         )
     labels = "image hidden from", "decoder layers", "accuracy (%)"
     plot.heat_maps(kept, (kinds, layers), labels, (0, 60), folder / "asr-hidden.png", 1)
-    plot.lines(rates(results), "learning rate", "", folder / "asr-rates.png", xscale="log")
+    if panels := rates(results):
+        plot.lines(panels, "learning rate", "", folder / "asr-rates.png", xscale="log")
