@@ -125,39 +125,11 @@ def drift_table() -> str:
     return grid(lines, True)
 
 
-def rates(results: dict) -> dict:
-    """{metric: {label: (learning rates, values [seeds, rates])}} on domains, three seeds."""
-    report, fast, more = (results[n]["domains"] for n in ("report", "report-drift", "asr-rates"))
-    panels = {}
-    for label, row in {"sequential": "sequential", "ASR": ASR}.items():
-        points = {lr: more[f"{label}, lr {lr}"] for lr in ("5e-4", "1e-3", "4e-3")}
-        points |= {"2e-3": report[row], "1e-2": fast[row]}
-        points = dict(sorted(points.items(), key=lambda item: float(item[0])))
-        runs = shared(points)
-        if not runs:
-            return {}
-        for name in ("AP", "AF"):
-            values = [[r["metrics"][name] for r in cells.values()] for cells in runs.values()]
-            x = [float(lr) for lr in runs]
-            panels.setdefault(name, {})[label] = x, np.array(values).T
-    return panels
-
-
-def rates_table(panels: dict) -> str:
-    x = panels["AP"]["ASR"][0]
-    lines = [["i. learning rate, domains", *(f"{lr:.0e}" for lr in x)]]
-    for name, curves in panels.items():
-        for label, (_, values) in curves.items():
-            lines.append([f"{label}, {name}", *map(show, values.mean(0))])
-    return grid(lines, True)
-
-
 def asr(results: dict) -> str:
     """All tables of the page."""
     groups = {title: shared(rows) for title, rows in comparisons(results).items()}
     texts = [table(title, rows) if rows else f"{title}: missing" for title, rows in groups.items()]
     texts += [hidden_table(stream, nested) for stream, nested in hidden().items()]
-    texts += [rates_table(panels)] if (panels := rates(results)) else []
     return "\n\n".join([*texts, swapped_table(swapped()), drift_table()])
 
 
@@ -209,5 +181,3 @@ def figures(results: dict, folder: Path) -> None:
         )
     labels = "image hidden from", "decoder layers", "accuracy (%)"
     plot.heat_maps(kept, (kinds, layers), labels, (0, 60), folder / "asr-hidden.png", 1)
-    if panels := rates(results):
-        plot.lines(panels, "learning rate", "", folder / "asr-rates.png", xscale="log")
