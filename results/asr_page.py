@@ -158,7 +158,7 @@ def figures(results: dict, folder: Path) -> None:
     groups = {title: shared(rows) for title, rows in comparisons(results).items()}
     groups = {title: rows for title, rows in groups.items() if rows}
     forest(
-        {t: rows for t, rows in groups.items() if t[0] in "abfgh"}, folder / "asr-differences.png"
+        {t: rows for t, rows in groups.items() if t[0] in "abfg"}, folder / "asr-differences.png"
     )
     columns = {"AP (%)": lambda r: r["metrics"]["AP"], "AF (points)": lambda r: r["metrics"]["AF"]}
     columns["drift (millinats)"] = moved
