@@ -135,7 +135,7 @@ def find_stream(args) -> tuple[str, Row, Path]:
         raise InputError(f"--stream {root} is a folder and already the data: leave out --data")
     names = {path.parent.name for path in root.glob("*/*.json") if path.stem in ("train", "test")}
     # by name, with stage2 before stage10
-    names = sorted(names, key=lambda name: re.sub(r"\d+", lambda n: n[0].zfill(9), name))
+    names = sorted(names, key=lambda name: (re.sub(r"\d+", lambda n: n[0].zfill(9), name), name))
     return root.resolve().name, Row({name: Task() for name in names}, **OWN), root
 
 
@@ -308,7 +308,9 @@ def set_epochs(stages: list[Stage], args) -> None:
         listed = ",".join(map(str, args.epochs))
         steps = sorted(size * epochs for size, epochs in zip(sizes, args.epochs))
         span = "to".join(f" {n} " for n in dict.fromkeys([steps[0], steps[-1]]))
-        print(f"--epochs {listed}:{span}steps a stage, as new pictures need; 1 is a quick try")
+        print(
+            f"--epochs {listed}:{span}steps a stage, as new pictures need; --epochs 1: a quick try"
+        )
     for stage, epochs in zip(stages, per_stage("epochs", args.epochs, len(stages))):
         stage.epochs = epochs
 

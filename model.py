@@ -155,7 +155,7 @@ class LLaVA:
 
     def clip(self, parameters, log, most=1.0):
         """Between backward and the optimizer's step: clip the gradient's norm, and return the log
-        as numbers, with "gradient_norm" before clipping. Here alone a step waits for a GPU. Under
+        as numbers, with "gradient_norm" before clipping; the log costs one wait for a GPU. Under
         torchrun every process gets the sum of all gradients (DistributedDataParallel would take
         their mean), and of the numbers."""
         if processes()[1] > 1:

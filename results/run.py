@@ -3,7 +3,7 @@
     python results/run.py NAME            run the missing cells of sweep NAME, then print its tables
     python results/run.py NAME --table    its tables only (Markdown)
     python results/run.py NAME --list     its commands, one per line
-    python results/run.py choice          or beside, drift, experts, asr: other tables; figures: draw
+    python results/run.py choice          or beside, drift, experts, asr: other tables; or figures
     python results/run.py --script FILE   a script of yours beside sequential LoRA, in runs/own
 
 A sweep (sweeps.py) combines rows, which are a label and a command, with streams and seeds. Each

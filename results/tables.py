@@ -231,6 +231,19 @@ def experts(results: dict) -> str:
             seeds = sorted(set(chosen).intersection(other))
             pairs = [list(zip(chosen[seed], other[seed])) for seed in seeds]
             table.append([row, str(len(seeds)), *map(difference, zip(*pairs))])
+    rows = results["experts-start"].values()
+    means = {row: per_seed(cells[row] for cells in rows) for row in next(iter(rows))}
+    starts = [(means["mean"][seed][0], fresh[0]) for seed, fresh in means["fresh"].items()]
+    lines = [[f"{OURS} minus MR-LoRA", "seeds", "AP"]]
+    for stream, cells in ours(results).items():
+        theirs = finished(results["all"][stream]["MR-LoRA"])
+        both = [(r["AP"], theirs[s]["AP"]) for s, r in finished(cells).items() if s in theirs]
+        lines.append([stream, str(len(both)), difference(both)])
+    theirs = per_seed(cells["MR-LoRA"] for cells in results["all"].values())
+    later = [(chosen[s][0], theirs[s][0]) for s in (3, 4) if s in chosen and s in theirs]
+    lines.append(["mean, seeds 3 and 4 alone", str(len(later)), difference(later)])
+    lines.append(["start: mean minus fresh", str(len(starts)), difference(starts)])
+    texts.append(grid(lines, True))
     times = [time_of(results, stream) for stream in results["experts-more"]]
     time = f"Time: {np.mean(times):.2f} of that of sequential LoRA on the same machine."
     return "\n\n".join([*texts, grid(table, True), time])
