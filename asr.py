@@ -26,7 +26,7 @@ of their skills. A second loss keeps the similarities of images and questions as
 Letters: B batch, N samples of a stage, L captured layers, H heads, J = L H, T question tokens,
 P = h w image patches, K radial and M angular bins, S skills, D size of phi; t stage, s skill.
 
-Numbers in brackets, [3], are the deviations from the paper of docs/asr.md. Those that change results
+Numbers in brackets, [3], are the deviations from the paper of docs/asr.md. Three change results
 most: DC is left out of d and of the peak [2], w is a constant [6], and pi is not rescaled [8].
 """
 
