@@ -114,7 +114,7 @@ ASR_REPORT |= vary("spectral only,", "asr.py --gamma 0 --skills", SKILLS)
 ASR_REPORT |= vary("both,", "asr.py --skills", SKILLS)
 
 # What docs/asr.md asks: does the published variant work, which layers forget, is forgetting drift,
-# does a mean need no spread, can L_geo act, is a gain at 1e-2 more than damping?
+# does a mean need no spread, can L_geo act, is a gain at 1e-2 more than damping, at which rates?
 ASR_PUBLISHED = {"ASR as published": "asr.py --published"}
 ASR_PARTS = {"q": "q", "q, k": "q,k", "v": "v", "projector": "projector"}
 ASR_PARTS |= {"feed-forward": "gate,up,down", "all": "q,k,v,o,gate,up,down,projector"}
@@ -128,6 +128,14 @@ ASR_MATCH["ASR, means (ours)"] = "asr.py --match mean --beta 1"  # fixed before 
 ASR_GEOMETRY = vary("L_geo, gamma", "asr.py --beta 0 --gamma", (20, 200))
 ASR_DAMPED = {"sequential, alpha 8": f"{SEQUENTIAL} --lr 1e-2 --alpha 8"}
 ASR_DAMPED["sequential, lr 5e-3"] = f"{SEQUENTIAL} --lr 5e-3"
+ASR_RATES = vary("sequential, lr", f"{SEQUENTIAL} --lr", ("5e-4", "1e-3", "4e-3"))
+ASR_RATES |= vary("ASR, lr", "asr.py --lr", ("5e-4", "1e-3", "4e-3"))
+# Table 3 and Fig. 4; the first choice of each axis is "both, parser" of the sweep report
+ASR_TABLE = {"raw maps": "asr.py --spectrum raw", "radial profile": "asr.py --spectrum radial"}
+ASR_TABLE |= {"angular profile": "asr.py --spectrum angular"}
+ASR_TABLE |= vary("prototypes:", "asr.py --prototypes", ("global", "task", "mean"))
+ASR_TABLE |= {"hard posterior": "asr.py --posterior hard", "w = 1": "asr.py --tau inf"}
+ASR_TABLE |= {"lambda_ang 0": "asr.py --lambda_ang 0"}
 
 CRAM = {
     "sequential": f"{SEQUENTIAL} {LIKE_CRAM} --lr {{lr}}",
@@ -189,6 +197,8 @@ SWEEPS = {
     "asr-parts": Sweep(["domains"], range(5, 8), ASR_PARTS),
     "asr-geometry": Sweep(["domains"], range(5, 8), ASR_GEOMETRY),
     "asr-damped": Sweep(["domains"], range(5, 10), ASR_DAMPED),
+    "asr-rates": Sweep(["domains"], range(5, 8), ASR_RATES),
+    "asr-table": Sweep(["domains", "vqacl"], range(5, 8), ASR_TABLE),
     "asr-published": Sweep(["domains", "vqacl"], range(5, 10), ASR_PUBLISHED),
     # CRAM and MR-LoRA beside what they have to beat
     "cram": Sweep(["ucit", "trigap"], range(5), CRAM),
