@@ -7,9 +7,8 @@ The idea. A LLaVA that learns one kind of question after another forgets the ear
 watches HOW the words of a question look at the image: every attention head gives a map over the
 image patches, and the power spectrum of that map (coarse or fine? in which direction?) tells what
 kind of looking it is, wherever in the image it happens. After each stage the spectra of every skill
-are summarized by a mean and a variance, its prototype: some hundred numbers, no image, question or
-answer. While later stages are learned, one loss pulls the spectra of new samples to the prototypes
-of their skills. A second loss keeps the similarities of images and questions as they were.
+are summarized by a mean and a variance, its prototype: some hundred numbers. One loss pulls the
+spectra of new samples to these; a second keeps similarities of images and questions as they were.
 
     Eq. 6       attention map of the functional words   functional_rows, token_average
     Eqs. 7-14   spectrum, descriptor phi                bin_table, head_spectra, descriptor
@@ -26,8 +25,7 @@ of their skills. A second loss keeps the similarities of images and questions as
 Letters: B batch, N samples of a stage, L captured layers, H heads, J = L H, T question tokens,
 P = h w image patches, K radial and M angular bins, S skills, D size of phi; t stage, s skill.
 
-Numbers in brackets, [3], are the deviations from the paper of docs/asr.md. Three change results
-most: DC is left out of d and of the peak [2], w is a constant [6], and pi is not rescaled [8].
+Numbers in brackets, [3], are deviations from the paper: docs/asr.md. [2], [6], [8] matter most.
 """
 
 import re
@@ -72,6 +70,7 @@ def parse(argv=None):
     add("--prototypes", choices=["gaussian", "mean", "task", "global"], default="gaussian")
     add("--spectrum", choices=["full", "raw", "radial", "angular"], default="full")
     add("--layers", type=data.count, default=4, help="last layers that are captured (default: 4)")
+    add("--prototype_samples", type=data.endless, help="of a stage, or inf (1000; tiny model 200)")
     data.published_flag(add, PUBLISHED)
     args = parser.parse_args(argv)
     if 16 in args.published and args.warm_up is None:
@@ -446,8 +445,9 @@ def reference_embeddings(llava, samples, args):
         return llava.over(samples, args.eval_batch_size, look, "reference of L_geo")[0]
 
 
-def remember(memory, llava, samples, pi, args):
-    """One more look at a stage's training samples makes the prototypes (Eqs. 15-20)."""
+def remember(memory, llava, stage, pi, args):
+    """One more look at training samples of a stage makes the prototypes (Eqs. 15-20) [21]."""
+    chosen = data.pick(range(len(pi)), args.prototype_samples, f"{args.seed}/look/{stage.name}")
 
     def look(batch):
         with capture(llava, batch, args) as captured:
@@ -455,8 +455,9 @@ def remember(memory, llava, samples, pi, args):
             maps = attention_maps(captured, llava)
         return descriptor(*maps, args.spectrum, args.published)[:2]
 
-    phi, angular = llava.over(samples, args.eval_batch_size, look, "prototypes")  # [N, D], [N, M]
-    new = to_device([phi, angular, pi], llava.device)
+    samples = [stage.train[i] for i in chosen]
+    phi, angular = llava.over(samples, args.eval_batch_size, look, "prototypes")  # [n, D], [n, M]
+    new = to_device([phi, angular, pi[chosen]], llava.device)
     return update_prototypes(memory, *new, floor=1e-4 if 7 in args.published else 0.0)
 
 
@@ -524,7 +525,7 @@ def main(args):
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
             log = Counter()  # adds up over the micro-batches
-            for batch in llava.micro_batches(stage.train, steps[k]):
+            for batch in llava.micro_batches(stage.train, steps, k):
                 log.update(backward(llava, batch, args, beta, pi, memory, reference))
             log = llava.clip(lora, log)
             run.log(t, lr=lr, **log)  # stops the run at a nan
@@ -538,7 +539,7 @@ def main(args):
         llava.eval()
         if args.beta:
             pi = skill_posterior(stage.train, t, args, skills, parser, questions, learned=True)
-            memory = remember(memory, llava, stage.train, pi, args)
+            memory = remember(memory, llava, stage, pi, args)
             run.lap("prototypes")
 
         # Test on all stages seen so far; how the questions looked is kept for the figures.

@@ -439,7 +439,9 @@ METHODS |= {"ewc": EWC, "lwf": LwF, "olora": OLoRA, "moelora": MoELoRA, "hide": 
 def test_blind(run, method):
     """Answers to the questions of all stages with black images: what is known without looking."""
     llava, T, scores, kinds = method.llava, len(run.stages), [], {}
-    black = llava.features.tower([Image.new("RGB", (64, 64))])
+    black = [Image.new("RGB", (64, 64))]
+    black = llava.processor.image_processor(images=black, return_tensors="pt").pixel_values
+    black = llava.features.tower(black)
 
     def answer(samples):
         batch = llava.batch(samples, train=False)
@@ -506,7 +508,7 @@ def main(args, kind=None):
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
             log = Counter()  # adds up over the micro-batches
-            for batch in llava.micro_batches(stage.train, steps[k]):
+            for batch in llava.micro_batches(stage.train, steps, k):
                 log.update(backward(method, t, batch))
             for name, penalty in method.penalties(t).items() if llava.first else ():
                 penalty.backward()  # once per step: by the first process of torchrun alone

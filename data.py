@@ -192,11 +192,11 @@ def ordered(names: list[str], order: str | None) -> list[str]:
     return chosen
 
 
-def pick(samples: list, limit: int | None, seed: str) -> list:
+def pick(samples: list, limit: float | None, seed: str) -> list:
     """At most `limit` of the samples, in their order, chosen by the seed."""
     if limit is None or limit >= len(samples):
-        return samples
-    return [samples[i] for i in sorted(random.Random(seed).sample(range(len(samples)), limit))]
+        return list(samples)
+    return [samples[i] for i in sorted(random.Random(seed).sample(range(len(samples)), int(limit)))]
 
 
 def long_tail(samples: list[Sample], ratio: float, seed: str) -> list[Sample]:

@@ -235,7 +235,7 @@ def main(args):
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
             log = Counter()  # adds up over the micro-batches
-            for batch in llava.micro_batches(stage.train, steps[k]):
+            for batch in llava.micro_batches(stage.train, steps, k):
                 log.update(backward(llava, batch))
             log = llava.clip(lora, log)
             run.log(t, lr=lr, **log)  # stops the run at a nan

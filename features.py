@@ -10,6 +10,8 @@ c of an image's.
 """
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from transformers import CLIPModel, CLIPProcessor
 from data import pad_square
 from files import InputError, load_image
 
+DECODERS = 8  # threads that decode images while a GPU computes
 FEATURE_GB = 4.0  # how much of them is kept in memory; a 7B image is 576 x 1024 bfloat16 = 1.2 MB
 
 
@@ -34,19 +37,36 @@ class FeatureCache:
     is added and nothing thrown out; the images left over go through the tower each time (1.4% of a
     step of LLaVA-1.5-7B). Epochs visit the images in a cycle: throwing out the oldest would throw
     out each one shortly before its turn.
+
+    Beside a GPU the images of the next batch are decoded in threads: Pillow and NumPy leave Python
+    to others while they work. On a CPU the main thread decodes, as there is nothing to wait for.
     """
 
     def __init__(self, model, processor):
         self.model, self.processor, self.rows = model, processor, {}
         self.room, self.tower_runs = FEATURE_GB * 1e9, 0  # bytes; images through the tower
         self.border = border_of(processor.image_processor)
+        self.ahead = {}  # path -> Future of its pixels
+        decoders = min(DECODERS, os.cpu_count() or 1)
+        self.pool = None if model.device.type == "cpu" else ThreadPoolExecutor(decoders)
+
+    def fetch(self, paths):
+        """Begin to decode images that will be asked for soon."""
+        for path in paths if self.pool else ():
+            if path and path not in self.rows and path not in self.ahead:
+                self.ahead[path] = self.pool.submit(self.pixels, [path])
 
     def __call__(self, paths):
         """Raises InputError for an unreadable image."""
         fresh, missing = {}, [path for path in dict.fromkeys(paths) if path not in self.rows]
+        self.fetch(missing)
         for start in range(0, len(missing), 32):
             chunk = missing[start : start + 32]
-            fresh |= zip(chunk, self.tower([load_image(path) for path in chunk]))
+            if self.pool:
+                pixels = torch.cat([self.ahead.pop(path).result() for path in chunk])
+            else:
+                pixels = self.pixels(chunk)
+            fresh |= zip(chunk, self.tower(pixels))
         for path, row in fresh.items():
             if row.nbytes <= self.room:
                 self.room -= row.nbytes
@@ -54,18 +74,32 @@ class FeatureCache:
         rows = [fresh[path] if path in fresh else self.rows[path] for path in paths]
         return torch.stack([row.to(self.model.device) for row in rows])
 
+    def pixels(self, paths):
+        """Image files -> [n, 3, height, width] as the tower takes them."""
+        squares = [pad_square(load_image(path), self.border) for path in paths]
+        return self.processor.image_processor(images=squares, return_tensors="pt").pixel_values
+
     @torch.no_grad()
-    def tower(self, images):
-        """List of PIL images -> [n, P, C]: what this LLaVA gives its projector."""
+    def tower(self, pixels):
+        """[n, 3, height, width] -> [n, P, C]: what this LLaVA gives its projector."""
         llava, config = self.model.model, self.model.config
         llava.vision_tower.eval()  # model.train() is for the dropout of LoRA, not for the tower
-        squares = [pad_square(image.convert("RGB"), self.border) for image in images]
-        pixels = self.processor.image_processor(images=squares, return_tensors="pt").pixel_values
         pixels = pixels.to(self.model.device, self.model.dtype)
         layers = llava.vision_tower(pixels, output_hidden_states=True).hidden_states
         features = layers[config.vision_feature_layer]
-        self.tower_runs += len(images)
+        self.tower_runs += len(pixels)
         return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
+
+
+@torch.no_grad()
+def image_means(llava, batch, missing):
+    """Mean tower feature of each image, over patches: [B, C] float32; `missing` without one."""
+    shape = len(batch["samples"]), llava.model.config.vision_config.hidden_size
+    means = torch.full(shape, missing, device=llava.device)
+    if batch["features"] is not None:
+        pictured = [sample.image is not None for sample in batch["samples"]]
+        means[pictured] = batch["features"].float().mean(1)
+    return means
 
 
 def question_and_image(llava, batch, missing=math.nan):
@@ -76,7 +110,7 @@ def question_and_image(llava, batch, missing=math.nan):
     """
     center = llava.model.get_input_embeddings().weight.mean(0, dtype=torch.float32)
     u = llava.text_means([sample.question for sample in batch["samples"]]) - center
-    return u, llava.image_means(batch, missing)
+    return u, image_means(llava, batch, missing)
 
 
 def asked(sample):
@@ -89,7 +123,7 @@ def asked(sample):
 def frozen_features(llava, batch):
     """[B, d]: mean tower feature of the image and mean token embedding of the question without its
     suffix, each of unit length; zeros for a missing image."""
-    images = llava.image_means(batch, 0.0)
+    images = image_means(llava, batch, 0.0)
     texts = llava.text_means([asked(sample) for sample in batch["samples"]])
     return torch.cat([F.normalize(images), F.normalize(texts)], 1).cpu()
 

@@ -51,6 +51,8 @@ def input_errors():
     except InputError as error:
         sentence = f"error: {error}"
     except BrokenPipeError:
+        if go_on():
+            print(f"error: nobody reads the output any more{go_on()}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
         sys.exit(1)
     except OSError as error:
@@ -128,7 +130,7 @@ def read_json(path: Path, kind: type = object):
         if path.suffix == ".jsonl":  # as one array, in which every line keeps its number
             text = "[" + ",\n".join(text.splitlines()) + "]"
         content = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:  # broken JSON says its line and column
+    except (ValueError, RecursionError) as error:  # broken JSON says its line and column
         fault = "is corrupt or truncated"
         if str(error).startswith("Extra data"):
             fault = "holds several JSON values, not one (records belong in one array, [..., ...])"
@@ -153,6 +155,8 @@ def load_image(path: Path) -> Image.Image:
             if max(image.size) <= LARGEST:
                 return eight_bits(image).convert("RGB")
     except Exception as error:  # a broken file can raise nearly anything inside a decoder
+        if of_machine(error):
+            raise
         raise InputError(f"image {path} is corrupt or truncated: {error}") from None
     size = " x ".join(map(str, image.size))
     raise InputError(f"image {path} has {size} pixels: scale it to at most {LARGEST} a side")

@@ -13,7 +13,6 @@ answers with a letter. Then the expert of this letter answers the question.
     Router      prompt and letters                      router_question, letter_ids, letter_logits
     Memory      kept samples                            shots_of, router_steps
     Answers     by expert, each one generated once      choose, answer
-    Metrics     MFT, MFN, MAA, BWT                      eval.metrics
 
     python mllm_cl.py --stream dcl                      mini stream, tiny LLaVA: laptop, minutes
     python mllm_cl.py --stream dcl --router oracle --experts RUN --out runs/oracle   RUN's experts
@@ -61,24 +60,21 @@ def parse(argv=None):
     about += "frozen features; the task, known (default: mllm)"
     add("--router", choices=ways, default="mllm", help=about)
     add("--shots", type=data.count, default=20, help="samples kept of every task (default: 20)")
-    add("--router_lr", type=data.positive, help="peak rate (default: 2e-4; tiny model 4e-3)")
+    add("--router_lr", type=data.positive, help="peak rate (default: 2e-4; tiny model 2e-3)")
     add("--router_epochs", type=data.count, help="over kept samples (default: 30; tiny model 10)")
-    add("--router_batch", type=data.count, default=16, help="samples per step (default: 16)")
+    about = "go on from the last router, N steps; 0: anew, --router_epochs (default: 0; tiny 60)"
+    add("--router_steps", type=data.weight, metavar="N", help=about)
+    add("--router_batch", type=data.count, help="samples per step (default: 16; tiny model 4)")
     about = "a kept sample loses its image in every second pass (default: tiny model only)"
     add("--blind_shots", action=argparse.BooleanOptionalAction, help=about)
     about = "take the experts of this finished run, train only routers"
     add("--experts", metavar="RUN", help=about)
     add("--cross", action="store_true", help="at the end every expert answers every test")
     args = parser.parse_args(argv)
-    if args.plot:
-        return args
-    tiny = data.is_tiny(args.model)
-    args.router_lr = args.router_lr or (4e-3 if tiny else 2e-4)
-    args.router_epochs = args.router_epochs or (10 if tiny else 30)
-    args.blind_shots = tiny if args.blind_shots is None else args.blind_shots
-    return data.resolve_defaults(args)
+    return args if args.plot else data.resolve_defaults(args)
 
 
+RISE = 5  # steps until a router that goes on has its rate, which then stays
 SHAPING = """stream data drawn_sha256 model seed limit object_groups hold_out imbalance epochs lr
     warm_up batch_size accumulate rank alpha dropout targets dtype system""".split()  # of an expert
 
@@ -97,7 +93,7 @@ def check(args, stream):
             )
         texts = [stream.descriptions.get(s.name, s.name) for s in stream.stages]
         letters, prompts = letters_of(len(texts), args.seed), []
-        for stage in stream.stages:
+        for stage in stream.stages + (stream.novel or []):
             splits = {"train": shots_of(stage, args), "test": stage.test}
             seen = {k: router_samples(s, [0] * len(s), texts, letters) for k, s in splits.items()}
             prompts.append(replace(stage, **seen))
@@ -128,11 +124,8 @@ def router_question(question, descriptions, letters):
     descriptions, letters: of the experts that exist [3], in the order of the tasks.
     """
     lines = sorted(f"{k}. {text}" for k, text in zip(letters, descriptions))
-    head = (
-        "You are the router of a team of experts. Choose the best expert for this picture and "
-        "question by the descriptions. Give the letter only, no answer."
-    )
-    return "\n".join([head, *lines, f"Question: {question}", "Give the letter only."])
+    head, rule = "You are the router of these experts.", "Give the letter only."
+    return "\n".join([f"{head} {rule}", *lines, f"Question: {question}", rule])
 
 
 def router_samples(samples, tasks, descriptions, letters):
@@ -188,15 +181,16 @@ class Team:
 
     names: list  # of all tasks
     descriptions: list  # one line per task
+    letters: list  # of all tasks: an expert keeps its letter
     experts: list = field(default_factory=list)  # a lora_state per task so far, on the CPU [7]
-    router: dict | None = None  # lora_state of this stage's; never needed after a resume
+    router: dict = field(default_factory=dict)  # lora_state of the last stage's
     prototypes: list = field(default_factory=list)  # [d] per task, for --router prototype
     answers: dict = field(default_factory=dict)  # (stage, sample id, expert) -> text [1]
     cost: Counter = field(default_factory=Counter)  # generations, router_passes, failures
 
     def state(self):
-        """For a checkpoint; experts and router are in files of their own."""
-        return {name: getattr(self, name) for name in ("prototypes", "answers", "cost")}
+        """For a checkpoint; experts are in files of their own."""
+        return {name: getattr(self, name) for name in ("router", "prototypes", "answers", "cost")}
 
 
 def shots_of(stage, args):
@@ -209,13 +203,16 @@ def router_steps(n, t, args):
     """Steps over n kept samples after stage t, each a list of micro-batches of indices.
 
     blind_shots: i + n stands for sample i without its image: half of the samples lose it in one
-    pass, the others in the next [9].
+    pass, the others in the next [9]. The first router cannot go on from another: it has 3 N steps.
     """
     steps, size, micro = [], args.router_batch, math.ceil(args.router_batch / args.accumulate)
-    for epoch in range(args.router_epochs):
+    most = int(args.router_steps) * (3 if t == 1 else 1)
+    passes = math.ceil(most / math.ceil(n / size)) if most else args.router_epochs
+    for epoch in range(passes):
         order = random.Random(f"router/{args.seed}/{t}/{epoch}").sample(range(n), n)
         order = [i + n if args.blind_shots and (i + epoch) % 2 else i for i in order]
         steps += [order[k : k + size] for k in range(0, n, size)]
+    steps = steps[: most or None]
     return [[step[m : m + micro] for m in range(0, len(step), micro)] for step in steps]
 
 
@@ -242,7 +239,7 @@ def lessons(half, t, stream, team, args):
     if t == 0 or args.router not in ("mllm", "generate"):
         return [], [], args.router_lr
     shots = [(s, k) for k, stage in enumerate(stages) for s in shots_of(stage, args)]
-    samples = router_samples(*zip(*shots), team.descriptions, letters_of(t + 1, args.seed))
+    samples = router_samples(*zip(*shots), team.descriptions, team.letters[: t + 1])
     imageless = [replace(sample, image=None) for sample in samples]
     return samples + imageless, router_steps(len(samples), t, args), args.router_lr
 
@@ -282,7 +279,7 @@ def choose(llava, team, args, samples):
         likeness = F.normalize(features) @ F.normalize(torch.stack(team.prototypes)).T  # [N, E]
         return (20 * likeness).softmax(1).numpy()
     llava.load_lora(team.router)
-    letters = letters_of(E, args.seed)
+    letters = team.letters[:E]
     prompts = router_samples(samples, [0] * N, team.descriptions, letters)
     ids, place = letter_ids(llava.collate, prompts[0], letters)
 
@@ -362,7 +359,7 @@ def summary(run, team, lora):
         "stored_parameters": each * (T + (T > 1 and run.args.router in ("mllm", "generate"))),
         **sent(run.facts, T),
         "cost": dict(team.cost),
-        "letters": letters_of(T, run.args.seed),
+        "letters": team.letters,
     }
 
 
@@ -379,7 +376,8 @@ def main(args):
     data.show_sample(stream.stages[0].train[0], llava.processor, args.system)
 
     names = [stage.name for stage in stream.stages]
-    team = Team(names, [stream.descriptions.get(name, name) for name in names])
+    lines = [stream.descriptions.get(name, name) for name in names]
+    team = Team(names, lines, letters_of(len(names), args.seed))
     first, half, begin = 0, 0, 0  # the stage, its half and the step to start from
     if state := run.resume():
         first, half, begin = state["at"]
@@ -388,12 +386,14 @@ def main(args):
             team.experts.append(read_lora(run.folder / "experts" / name))
 
     for t, stage in list(enumerate(stream.stages))[first:]:
-        # Train twice, from the pretrained model [6]: an expert, then a router for all experts.
+        # Train twice: an expert, from the pretrained model, then a router for all experts [6].
         for h, phase in list(enumerate(("expert", "router")))[half:]:
             samples, steps, peak = lessons(phase, t, stream, team, args)
             # What is drawn depends on the name alone: no expert depends on the order of the stages.
             seed_by(f"{args.seed}/{phase}-{t + 1 if h else stage.name}")
             lora = llava.add_lora(args)
+            if (goes_on := h and args.router_steps) and team.router:
+                llava.load_lora(team.router)
             optimizer = torch.optim.AdamW(lora, lr=peak, weight_decay=0.0)
             if begin:
                 llava.load_lora(state["lora"])
@@ -401,11 +401,12 @@ def main(args):
                 set_random_state(state["random"])
             llava.model.train()
             for k in run.steps(t, len(steps), begin, f"{stage.name} {phase}"):
-                lr = peak * data.schedule(k, len(steps), args.warm_up)
+                sinks = data.schedule(k, len(steps), args.warm_up)
+                lr = peak * (min(1, (k + 1) / RISE) if goes_on else sinks)
                 optimizer.param_groups[0]["lr"] = lr
                 optimizer.zero_grad()
                 log = Counter()  # adds up over the micro-batches
-                for batch in llava.micro_batches(samples, steps[k]):
+                for batch in llava.micro_batches(samples, steps, k):
                     log.update(backward(llava, batch))
                 log = llava.clip(lora, log)
                 run.log(t, lr=lr, **log, phase=phase)  # stops the run at a nan

@@ -46,6 +46,7 @@ from files import InputError, damaged, progress, read_json, silent, write_bytes,
 # ---- 1. LLaVA ------------------------------------------------------------------------------------
 
 
+CUT = ("_ids", "_mask", "labels")  # tensors [B, S] of a batch; see `over`
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": None}
 GREEDY |= {"temperature": None, "top_p": None, "top_k": None}
 
@@ -101,20 +102,22 @@ class LLaVA:
         images = [sample.image for sample in samples if sample.image is not None]
         return batch | {"samples": samples, "features": self.features(images) if images else None}
 
-    def micro_batches(self, samples, step):
-        """The batches of one optimizer step; under torchrun each process gets some of them.
+    def micro_batches(self, samples, steps, k):
+        """The batches of optimizer step k; under torchrun each process gets some of them.
 
-        step: lists of indices of `samples`, one list per micro-batch. Each batch has its "index",
-        and says how much of the step it holds: "token_share" of the answer tokens and
+        A step is lists of indices of `samples`, one list per micro-batch. Each batch has its
+        "index", and says how much of the step it holds: "token_share" of the answer tokens and
         "sample_share" of the samples. Losses weighted by these add up to the mean of the step,
-        however it is cut.
+        however it is cut. The images of step k + 1 are decoded while a GPU is busy with these.
         """
         rank, world = processes()
-        batches = []
+        batches, step = [], steps[k]
         for index in step[rank::world]:
             batch = self.batch([samples[i] for i in index], train=True)
             tokens = int((batch["labels"] != -100).sum())
             batches.append(batch | {"index": index, "tokens": tokens})
+        for coming in steps[k + 1 : k + 2]:
+            self.features.fetch(samples[i].image for index in coming[rank::world] for i in index)
         all_tokens = sum(gather(sum(batch["tokens"] for batch in batches)))
         all_samples = sum(map(len, step))
         for batch in batches:
@@ -125,11 +128,17 @@ class LLaVA:
     @torch.no_grad()
     def over(self, samples, size, look, title="looking at the samples"):
         """look(batch) -> tensors [B, ...] for all samples in order, `size` at a time: a list of
-        tensors [N, ...] on the CPU. Eval mode, no gradient; torchrun's processes share the work."""
+        tensors [N, ...] on the CPU. Eval mode, no gradient; torchrun's processes share the work.
+        A batch ends where its questions end, as no image or question token sees what follows; no
+        answer is left, so no logits are computed."""
         self.model.eval()
 
         def look_at(start):
             batch = self.batch(samples[start : start + size], train=True)
+            end = int((batch["image_mask"] | batch["question_mask"]).any(0).nonzero().max()) + 1
+            batch |= {name: x[:, :end] for name, x in batch.items() if name.endswith(CUT)}
+            coming = start + size * processes()[1]
+            self.features.fetch(sample.image for sample in samples[coming : coming + size])
             return [x.cpu() for x in look(batch)]
 
         columns = zip(*share_out(look_at, progress(range(0, len(samples), size), title)))
@@ -142,16 +151,6 @@ class LLaVA:
         ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = [table[torch.tensor(row, device=self.device)] for row in ids]
         return torch.stack([row.float().mean(0) for row in rows])
-
-    @torch.no_grad()
-    def image_means(self, batch, missing):
-        """Mean tower feature of each image, over patches: [B, C] float32; `missing` without one."""
-        shape = len(batch["samples"]), self.model.config.vision_config.hidden_size
-        means = torch.full(shape, missing, device=self.device)
-        if batch["features"] is not None:
-            pictured = [sample.image is not None for sample in batch["samples"]]
-            means[pictured] = batch["features"].float().mean(1)
-        return means
 
     def clip(self, parameters, log, most=1.0):
         """Between backward and the optimizer's step: clip the gradient's norm, and return the log

@@ -10,6 +10,9 @@ swap: of the LoRA after the last stage one part is put back as it was after the 
 other way round), and the first stage is tested. Its runs are those of the sweep asr-swap.
 drift: for every skill and every stage since its own, the drift of its spectra in this stage (nats)
 and the points that are missing to its best earlier accuracy. Its runs are those of asr-match.
+
+A clone has the records of these two sweeps but not their runs: delete results/asr-swap.jsonl or
+results/asr-match.jsonl to have them run again (two hours on two cores).
 """
 
 import argparse
@@ -54,8 +57,9 @@ class Hidden:
             batch[key].bool() for key in ("attention_mask", "image_mask", "question_mask")
         )
         text = real & (image.cumsum(1) == image.sum(1, keepdim=True)) & ~image  # behind the image
+        behind = text & (asked.cumsum(1) == asked.sum(1, keepdim=True)) & ~asked
         rows = {"nothing": text & False, "functional words": asr.functional_rows(batch)}
-        rows |= {"question": asked, "behind the question": text & ~asked, "all text": text}
+        rows |= {"question": asked, "behind the question": behind, "all text": text}
         self.rows, self.image = rows[kind], image
         self.writing = kind in ("behind the question", "all text")
 

@@ -49,6 +49,9 @@ ALL = {
 CUT = ["vqacl", "clt-vqa", "coin", "ucit", "trigap"]
 
 RATES, SKILLS = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3"), ("stream", "parser", "shared")
+# As before they took less time: prototypes from all samples, every router anew.
+ASR = "asr.py --prototype_samples inf"
+MR = "mllm_cl.py --router_steps 0 --router_lr 4e-3 --router_epochs 10 --router_batch 16"
 SEQUENTIAL, JOINT = "baselines.py --method sequential", "baselines.py --method joint"
 REPLAY, ZERO_SHOT = "baselines.py --method replay", "baselines.py --method zeroshot"
 EWC = "baselines.py --method ewc --lr {shared}"
@@ -62,9 +65,9 @@ ORACLE = "one LoRA per task, task known"
 
 METHODS = {
     "sequential": f"{SEQUENTIAL} --lr {{shared}}",
-    "ASR": "asr.py --lr {shared}",
+    "ASR": f"{ASR} --lr {{shared}}",
     "CRAM": "cram.py --lr {chosen}",
-    "MR-LoRA": "mllm_cl.py --lr {chosen} {router}",
+    "MR-LoRA": f"{MR} --lr {{chosen}} {{router}}",
     "joint": f"{JOINT} --lr {{joint}}",
 }
 ORDERS = {row: METHODS[row] for row in ("sequential", "ASR", "CRAM", "MR-LoRA")}
@@ -90,7 +93,7 @@ BASELINE_SEARCH = (
 )
 RATE_SEARCH = (
     vary("sequential, lr", f"{SEQUENTIAL} --lr", RATES[1:])
-    | vary(f"{ORACLE}, lr", "mllm_cl.py --router oracle --lr", RATES[1:])
+    | vary(f"{ORACLE}, lr", f"{MR} --router oracle --lr", RATES[1:])
     | vary("joint, lr", f"{JOINT} --lr", RATES[1:])
 )
 # experts.py: rates for experts that begin as a mean (seed 5), then beginnings (seeds 5 to 7), both
@@ -103,39 +106,41 @@ BESIDE = {"sequential": METHODS["sequential"], "mean": STARTS["mean"]}  # what s
 ROUTERS = vary("LDA,", "experts.py --features", ("both", "image", "question", "last"))
 ROUTERS["cosine, both"] = "experts.py --router cosine"
 UNTRAINED = "{cut} --untrained --start fresh --max_new_tokens 1"
-ROUTER_SEARCH = vary("steps of", "mllm_cl.py --lr {chosen} --router_batch", (16, 4))
+ROUTER = {"MR-LoRA, router goes on": "mllm_cl.py --lr {chosen}"}  # chosen on seed 5
+ROUTER_SEARCH = vary("steps of", f"{MR} --lr {{chosen}} --router_batch", (16, 4))
 
 # without L_geo, for every kind of skills; then at ten times the paper's weight
-ASR_SEARCH = {"sequential": SEQUENTIAL} | vary("", "asr.py --gamma 0 --skills", SKILLS)
-ASR_SEARCH["shared, beta 5, w = 1"] = "asr.py --gamma 0 --skills shared --tau inf --beta 5"
+ASR_SEARCH = {"sequential": SEQUENTIAL} | vary("", f"{ASR} --gamma 0 --skills", SKILLS)
+ASR_SEARCH["shared, beta 5, w = 1"] = f"{ASR} --gamma 0 --skills shared --tau inf --beta 5"
 # the four rows of the paper's ablation, for every kind of skills
-ASR_REPORT = {"sequential": SEQUENTIAL, "geometry only": "asr.py --beta 0"}
-ASR_REPORT |= vary("spectral only,", "asr.py --gamma 0 --skills", SKILLS)
-ASR_REPORT |= vary("both,", "asr.py --skills", SKILLS)
+ASR_REPORT = {"sequential": SEQUENTIAL, "geometry only": f"{ASR} --beta 0"}
+ASR_REPORT |= vary("spectral only,", f"{ASR} --gamma 0 --skills", SKILLS)
+ASR_REPORT |= vary("both,", f"{ASR} --skills", SKILLS)
 
 # What docs/asr.md asks: does the published variant work, which layers forget, is forgetting drift,
 # does a mean need no spread, can L_geo act, is a gain at 1e-2 more than damping, at which rates?
-ASR_PUBLISHED = {"ASR as published": "asr.py --published"}
+ASR_PUBLISHED = {"ASR as published": f"{ASR} --published"}
 ASR_PARTS = {"q": "q", "q, k": "q,k", "v": "v", "projector": "projector"}
 ASR_PARTS |= {"feed-forward": "gate,up,down", "all": "q,k,v,o,gate,up,down,projector"}
 ASR_PARTS = {row: f"{SEQUENTIAL} --targets {targets}" for row, targets in ASR_PARTS.items()}
 ASR_SWAP = {"all parts": SEQUENTIAL, "first stage alone": f"{SEQUENTIAL} --order {{first}}"}
-OBSERVED = "asr.py --beta 0 --gamma 0"  # sequential LoRA whose spectra are recorded
-LOSSES = {"sequential": OBSERVED, "L_spec": "asr.py --gamma 0"}
-LOSSES["L_spec, means"] = "asr.py --gamma 0 --beta 1 --match mean"
-ASR_MATCH = {"sequential": OBSERVED, "ASR": "asr.py"}
-ASR_MATCH["ASR, means (ours)"] = "asr.py --match mean --beta 1"  # fixed before seeds 30 to 34 ran
-ASR_GEOMETRY = vary("L_geo, gamma", "asr.py --beta 0 --gamma", (20, 200))
+OBSERVED = f"{ASR} --beta 0 --gamma 0"  # sequential LoRA whose spectra are recorded
+LOSSES = {"sequential": OBSERVED, "L_spec": f"{ASR} --gamma 0"}
+LOSSES["L_spec, means"] = f"{ASR} --gamma 0 --beta 1 --match mean"
+ASR_MATCH = {"sequential": OBSERVED, "ASR": ASR}
+ASR_MATCH["ASR, means (ours)"] = f"{ASR} --match mean --beta 1"  # fixed before seeds 30 to 34 ran
+ASR_GEOMETRY = vary("L_geo, gamma", f"{ASR} --beta 0 --gamma", (20, 200))
 ASR_DAMPED = {"sequential, alpha 8": f"{SEQUENTIAL} --lr 1e-2 --alpha 8"}
 ASR_DAMPED["sequential, lr 5e-3"] = f"{SEQUENTIAL} --lr 5e-3"
 ASR_RATES = vary("sequential, lr", f"{SEQUENTIAL} --lr", ("5e-4", "1e-3", "4e-3"))
-ASR_RATES |= vary("ASR, lr", "asr.py --lr", ("5e-4", "1e-3", "4e-3"))
+ASR_RATES |= vary("ASR, lr", f"{ASR} --lr", ("5e-4", "1e-3", "4e-3"))
+ASR_SAMPLES = vary("prototypes of", "asr.py --prototype_samples", (50, 200))
 # Table 3 and Fig. 4; the first choice of each axis is "both, parser" of the sweep report
-ASR_TABLE = {"raw maps": "asr.py --spectrum raw", "radial profile": "asr.py --spectrum radial"}
-ASR_TABLE |= {"angular profile": "asr.py --spectrum angular"}
-ASR_TABLE |= vary("prototypes:", "asr.py --prototypes", ("global", "task", "mean"))
-ASR_TABLE |= {"hard posterior": "asr.py --posterior hard", "w = 1": "asr.py --tau inf"}
-ASR_TABLE |= {"lambda_ang 0": "asr.py --lambda_ang 0"}
+ASR_TABLE = {"raw maps": f"{ASR} --spectrum raw", "radial profile": f"{ASR} --spectrum radial"}
+ASR_TABLE |= {"angular profile": f"{ASR} --spectrum angular"}
+ASR_TABLE |= vary("prototypes:", f"{ASR} --prototypes", ("global", "task", "mean"))
+ASR_TABLE |= {"hard posterior": f"{ASR} --posterior hard", "w = 1": f"{ASR} --tau inf"}
+ASR_TABLE |= {"lambda_ang 0": f"{ASR} --lambda_ang 0"}
 
 CRAM = {
     "sequential": f"{SEQUENTIAL} {LIKE_CRAM} --lr {{lr}}",
@@ -154,7 +159,7 @@ CRAM_ABLATION = {
     "experts shared more": "cram.py --sigma_share 1",
 }
 
-# {experts}: the run of the same sweep, stream and seed whose command is mllm_cl.py alone
+# {experts}: the run of the same sweep, stream and seed whose command is MR alone
 MR_LORA = {
     "sequential": f"{SEQUENTIAL} --lr {{lr}}",
     "sequential, MR-LoRA's rate": SEQUENTIAL,
@@ -162,14 +167,14 @@ MR_LORA = {
     "replay, 20 per task": f"{REPLAY} --lr {{lr}}",
     "replay, MR-LoRA's rate": REPLAY,
     "joint": JOINT,
-    "MR-LoRA": "mllm_cl.py",
-    "MR-LoRA, all images": "mllm_cl.py --no-blind_shots --experts {experts}",
+    "MR-LoRA": MR,
+    "MR-LoRA, all images": f"{MR} --no-blind_shots --experts {{experts}}",
 }
 for router in ("generate", "prototype", "oracle"):
-    MR_LORA[f"MR-LoRA, {router}"] = f"mllm_cl.py --router {router} --experts {{experts}}"
-SHOTS = {"20 shots": "mllm_cl.py"}
+    MR_LORA[f"MR-LoRA, {router}"] = f"{MR} --router {router} --experts {{experts}}"
+SHOTS = {"20 shots": MR}
 for n in (1, 5, 10, 50):  # whatever is kept, the router trains on 200 samples per task
-    SHOTS[f"{n} shots"] = f"mllm_cl.py --shots {n} --router_epochs {200 // n} --experts {{experts}}"
+    SHOTS[f"{n} shots"] = f"{MR} --shots {n} --router_epochs {200 // n} --experts {{experts}}"
 
 DEFAULT = {"ASR": "asr.py", "sequential": "asr.py --beta 0 --gamma 0"}  # what a new user runs first
 REGIME = {"sequential": SEQUENTIAL, "zero-shot": ZERO_SHOT, "joint": f"{JOINT} --blind"}
@@ -199,6 +204,7 @@ SWEEPS = {
     "asr-damped": Sweep(["domains"], range(5, 10), ASR_DAMPED),
     "asr-rates": Sweep(["domains"], range(5, 8), ASR_RATES),
     "asr-table": Sweep(["domains", "vqacl"], range(5, 8), ASR_TABLE),
+    "asr-samples": Sweep(["domains", "vqacl"], range(5, 8), ASR_SAMPLES),
     "asr-published": Sweep(["domains", "vqacl"], range(5, 10), ASR_PUBLISHED),
     # CRAM and MR-LoRA beside what they have to beat
     "cram": Sweep(["ucit", "trigap"], range(5), CRAM),
@@ -214,6 +220,7 @@ SWEEPS = {
     "experts-start": Sweep([*CUT, "dcl", "acl"], range(3), STARTS, "{cut}"),
     "experts-more": Sweep([*CUT, "dcl", "acl"], range(3, 5), BESIDE, "{cut}"),
     "experts-router": Sweep([*CUT, "dcl", "acl"], range(2), ROUTERS, UNTRAINED),
+    "router": Sweep([*CUT, "dcl", "acl"], range(3), ROUTER, "{cut}"),
     "search-router": Sweep(["vqacl"], [5], ROUTER_SEARCH, "{cut}"),
     "search-baselines": Sweep(["vqacl", "dcl"], [5], BASELINE_SEARCH, "{cut}"),
     "vqacl-reversed": Sweep(["vqacl"], range(3), VQACL_ORDERS, "{cut} --order reverse"),
@@ -225,7 +232,7 @@ SWEEPS = {
 
 def source(name: str) -> str:
     """The row whose experts other rows of the sweep take."""
-    return next((row for row, line in SWEEPS[name].rows.items() if line == "mllm_cl.py"), "")
+    return next((row for row, line in SWEEPS[name].rows.items() if line == MR), "")
 
 
 def folder_of(name: str, row: str, stream: str, seed: int) -> Path:

@@ -83,9 +83,7 @@ def make_stream(root=None, stages=("one", "two"), spec=None, change=lambda split
 def words_of(script, stream, out, *further):
     """A command: two steps a stage, a checkpoint after each (SAVE_EVERY is 1 here)."""
     words = [f"{script}.py", "--stream", stream, "--out", out, "--epochs", 1, "--batch_size", 3]
-    words += {"cram": ["--rank", 4], "mllm_cl": ["--shots", 2, "--router_epochs", 1]}.get(
-        script, []
-    )
+    words += {"cram": ["--rank", 4], "mllm_cl": ["--shots", 2, "--router_steps", 1]}.get(script, [])
     return [str(word) for word in [*words, "--threads", 1, *further]]
 
 

@@ -53,7 +53,7 @@ TOKENS = 576 + 64  # of a sample: image and text
 SMALL = (  # of the test: on the tiny LLaVA and stream of conftest.py
     "asr.py",
     "cram.py --rank 4 --targets q,v --buffer_share 0.5",
-    "mllm_cl.py --shots 3 --router_epochs 2",
+    "mllm_cl.py --shots 3 --router_steps 4",
     "baselines.py --method ewc",
 )
 

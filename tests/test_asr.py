@@ -236,7 +236,7 @@ def test_every_variant_holds_what_it_remembers(tiny, samples, flags):
     args, stage = settings("--skills", "stream", *flags.split()), data.Stage("", samples, [], "")
     skills = asr.skill_names(args, data.Stream("", [stage], None))
     pi = asr.skill_posterior(samples[:20], 0, args, skills)
-    memory = asr.remember(None, tiny, samples[:20], pi, args)
+    memory = asr.remember(None, tiny, data.Stage("", samples[:20], [], ""), pi, args)
     lora, batch = adapt(tiny), tiny.batch(samples[:5], train=True)
     with asr.capture(tiny, batch, args) as captured:
         tiny.forward(batch)
@@ -251,9 +251,12 @@ def test_a_question_looks_at_its_image_in_tests_as_in_training(llava, samples):
     """Whatever the batches and the padding are; a question without an image looks at nothing."""
     some, means = [*samples[:6], replace(samples[6], image=None)], []
     adapt(llava)
+    stage, pi = data.Stage("", some[:6], [], ""), torch.ones(6, 1)
     for size in (2, 6):
         args = settings("--eval_batch_size", str(size))
-        means.append(asr.remember(None, llava, some[:6], torch.ones(6, 1), args)["mean"][0, :20])
+        means.append(asr.remember(None, llava, stage, pi, args)["mean"][0, :20])
+    args.prototype_samples = 4
+    assert asr.remember(None, llava, stage, pi, args)["count"].tolist() == [4]
     texts, notes = asr.answer(llava, args, {("first", "1")}, some)
     phi = torch.tensor(np.stack([note["phi"] for note in notes]))
     close(means[0], means[1])

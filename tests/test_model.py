@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from attention import capture_attention
 from data import InputError, load_image, pad_square
+from features import image_means
 from model import LoRALinear, load_llava, read_lora
 
 peft = pytest.importorskip("peft")
@@ -145,15 +147,15 @@ def test_samples_without_an_image_share_a_batch(llava, samples):
         assert maps()[0].shape[-1] == 0
     start = int((batch["labels"][0] != -100).sum())
     close(together.logits[start : start + len(lonely.logits)], lonely.logits)
-    means = llava.image_means(batch, torch.nan)
+    means = image_means(llava, batch, torch.nan)
     close(means[[0, 2]], batch["features"].mean(1))
-    assert means[1].isnan().all() and not llava.image_means(alone, 0.0).any()
+    assert means[1].isnan().all() and not image_means(llava, alone, 0.0).any()
 
 
 def test_losses_of_micro_batches_add_up_to_the_loss_of_the_step(llava, samples):
     losses = []
     for step in ([0, 1, 2, 3, 4],), ([0, 1], [2, 3, 4]):
-        batches = llava.micro_batches(samples, step)
+        batches = llava.micro_batches(samples, [step], 0)
         assert [b["sample_share"] for b in batches] == [len(index) / 5 for index in step]
         losses.append(sum(llava.forward(b).loss * b["token_share"] for b in batches))
     close(*losses)
@@ -173,6 +175,36 @@ def test_the_tower_sees_every_image_once_until_the_cache_is_full(llava, samples,
     (tmp_path / "cut.png").write_bytes(paths[0].read_bytes()[:2000])
     with pytest.raises(InputError, match="cut.png"):
         cache([paths[0], tmp_path / "cut.png"])
+
+
+def test_images_that_threads_decode_ahead_are_the_same(llava, samples, tmp_path):
+    paths, cache = list(dict.fromkeys(s.image for s in samples)), llava.features
+    usual, cache.rows = cache(paths), {}
+    cache.pool = ThreadPoolExecutor(2)  # as beside a GPU
+    steps = [[[0, 1], [2]], [[3, 4]]]
+    llava.micro_batches(samples, steps, 0)
+    assert set(cache.ahead) == {samples[3].image, samples[4].image} - set(cache.rows)
+    assert torch.equal(cache(paths), usual) and not cache.ahead
+    (tmp_path / "cut.png").write_bytes(paths[0].read_bytes()[:2000])
+    cache.fetch([tmp_path / "cut.png"])  # an error waits until the image is needed
+    with pytest.raises(InputError, match="cut.png"):
+        cache([tmp_path / "cut.png"])
+
+
+def test_a_look_ends_with_the_questions(llava, samples):
+    """What follows a question changes neither its hidden states nor those of the image."""
+
+    def look(batch):
+        assert batch["question_mask"][:, -1].any() and len(llava.forward(batch).logits) == 0
+        hidden = llava.forward(batch).last_hidden_state
+        names = ("image_mask", "question_mask")
+        return [(hidden * batch[name][:, :, None]).sum(1) for name in names]
+
+    images, questions = llava.over(samples[:5], 2, look)
+    batch = llava.batch(samples[:5], train=True)
+    hidden = llava.forward(batch).last_hidden_state.detach()
+    close(images, (hidden * batch["image_mask"][:, :, None]).sum(1))
+    close(questions, (hidden * batch["question_mask"][:, :, None]).sum(1))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])

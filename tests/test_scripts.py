@@ -42,7 +42,7 @@ SCRIPTS |= {"baselines": baselines}
 FLAGS = {
     "asr": "--skills parser",
     "cram": "--rank 4 --targets q,v --buffer_share 0.5 --published 7",
-    "mllm_cl": "--shots 3 --router_epochs 2 --router_batch 4",
+    "mllm_cl": "--shots 3 --router_steps 2 --router_batch 4",
     "experts": "--start alike",
     "joint": "--blind",
     "replay": "--buffer 2",
@@ -52,7 +52,7 @@ FLAGS = {
 METHODS = list(baselines.METHODS)
 # What a method keeps from stage to stage must survive a kill, and be equal in all processes.
 WITH_STATE = ["asr", "cram", "mllm_cl", "experts", "ewc", "lwf", "olora", "hide"]
-STEPS = {"replay": 4 + 5 + 6, "zeroshot": 0, "mllm_cl": 3 * 4 + 4 + 6}  # the others: 3 * 4
+STEPS = {"replay": 4 + 5 + 6, "zeroshot": 0, "mllm_cl": 3 * 4 + 6 + 2}  # the others: 3 * 4
 
 
 def script_of(name):
