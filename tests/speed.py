@@ -400,11 +400,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         options.out = Path(folder)
         for part in options.parts:
-            records += [row | about for row in PARTS[part](options)]
+            for row in PARTS[part](options):
+                records.append(row | about)
+                if options.save:
+                    with open(RECORDS, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(records[-1]) + "\n")
             print("\n" + table(records))
-    if options.save:
-        with open(RECORDS, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 if __name__ == "__main__":
