@@ -163,6 +163,21 @@ def test_the_routers(tiny, team, samples, monkeypatch):
     assert choose("mllm").tolist() == [[1.0]] * 10
 
 
+def test_a_question_is_read_twice_with_a_trained_router_and_once_without(tiny, team, samples):
+    args = SimpleNamespace(router="mllm", eval_batch_size=4)
+    team.prototypes, read = [*frozen_features(tiny, tiny.batch(samples[:3], train=True))], []
+
+    def count(module, words, options):
+        ids = options["input_ids"]
+        read.extend([1] * len(ids) if ids.shape[1] > 1 else [])  # later tokens come one by one
+
+    tiny.model.model.register_forward_pre_hook(count, with_kwargs=True)
+    for args.router, times in ("mllm", 2), ("prototype", 1):
+        mllm_cl.answer(tiny, team, args, SimpleNamespace(lap=lambda name: None), samples[:6])
+        assert sum(read) == 6 * times
+        team.answers.clear(), read.clear()
+
+
 def test_the_chosen_expert_answers_and_only_once(tiny, team, samples, monkeypatch):
     args, rng = SimpleNamespace(eval_batch_size=3), np.random.default_rng(0)
     samples = [replace(sample, stage=NAMES[0]) for sample in samples[:8]]

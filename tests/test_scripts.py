@@ -191,29 +191,35 @@ def run_several(names, flags, home):
             assert end.code == 0
 
 
-def test_two_processes_are_one(small, tmp_path, capfd):
+@pytest.mark.parametrize("number", [2, 4])
+def test_several_processes_are_one(number, small, tmp_path, capfd):
     """torchrun shares micro-batches and tests out: losses and answers as from one process.
 
     It forks its processes here, else they would spend most of their time importing torch.
     """
-    flags = "--dropout 0 --epochs 2 --batch_size 4 --accumulate 2 --limit 6 --order one,two"
-    flags, names = [*small, *flags.split()], ["asr", "mllm_cl", "experts", "ewc"]
+    flags = (
+        f"--dropout 0 --epochs 2 --batch_size {2 * number} --accumulate {number} --order one,two"
+    )
+    flags = [*small, *flags.split(), "--limit", str(3 * number)]
+    names = ["asr", "mllm_cl", "experts", "ewc"] if number == 2 else ["asr", "ewc"]
     run_several(names, flags, tmp_path / "one")
     assert capfd.readouterr().out.count("everything is in") == len(names)
     options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0}
-    options |= {"nproc_per_node": 2, "start_method": "fork"}
+    options |= {"nproc_per_node": number, "start_method": "fork"}
     torchrun = launch.LaunchConfig(min_nodes=1, max_nodes=1, **options)
-    launch.elastic_launch(torchrun, run_several)(names, flags, tmp_path / "two")
+    launch.elastic_launch(torchrun, run_several)(names, flags, tmp_path / "many")
     assert capfd.readouterr().out.count("everything is in") == len(names)
     for name in names:
-        one, two = (tmp_path / number / name for number in ("one", "two"))
-        losses = [[line["loss"] for line in lines_of(run)] for run in (one, two)]
-        assert len(losses[0]) == len(losses[1]) >= 8, name  # the second step is a single batch
-        np.testing.assert_allclose(*losses, rtol=1e-5, err_msg=name)
-        texts = [(run / "predictions").iterdir() for run in (one, two)]
+        one, many = (tmp_path / home / name for home in ("one", "many"))
+        losses = [[line["loss"] for line in lines_of(run)] for run in (one, many)]
+        assert len(losses[0]) == len(losses[1]) >= 8, name  # the second step is half a batch
+        # four gradients are added up in another order, which training amplifies
+        np.testing.assert_allclose(*losses, rtol={2: 1e-5, 4: 2e-3}[number], err_msg=name)
+        np.testing.assert_allclose(losses[0][:2], losses[1][:2], rtol=1e-5, err_msg=name)
+        texts = [(run / "predictions").iterdir() for run in (one, many)]
         texts = [{path.name: path.read_bytes() for path in paths} for paths in texts]
         assert texts[0] == texts[1], name
-        assert json.loads((two / "args.json").read_text())["processes"] == 2
+        assert json.loads((many / "args.json").read_text())["processes"] == number
 
 
 def test_bfloat16_as_published_with_a_group_held_out(small, tmp_path, monkeypatch):
