@@ -301,7 +301,8 @@ class Reader:
         self.numbers = []  # of the records of the file last read that became samples, from 1
         # One listing per folder: 120,000 single look-ups take minutes on a network disk.
         self.names_in = cache(lambda folder: set(os.listdir(folder)) if folder.is_dir() else set())
-        self.coco_image = cache(self.coco_image)  # about five questions share an image
+        # about five questions share an image
+        self.image, self.coco_image = cache(self.image), cache(self.coco_image)
 
     def table(self, path: Path) -> dict:
         """A JSON object; an empty one if the file is faulty."""
@@ -383,8 +384,8 @@ class Reader:
         if suffix and not question.endswith(suffix):
             question = f"{question}\n{suffix}"
         key = str(record.get("question_id", record.get("id", "")))
-        answer = Counter(answers).most_common(1)[0][0]
-        skill = str(record.get("skill", record.get(self.row.skill, stage)))
+        answer = Counter(answers).most_common(1)[0][0] if len(answers) > 1 else answers[0]
+        skill = sys.intern(str(record.get("skill", record.get(self.row.skill, stage))))
         return Sample(key, image, question, answer, answers, skill, stage, "", suffix, further)
 
     def image(self, folder: Path, name: str) -> Path:

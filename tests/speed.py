@@ -351,7 +351,7 @@ def million(options):
         for name in images:
             Image.new("RGB", (8, 8)).save(folder / stage / name)
         records = [
-            {"question_id": k, "image": f"{stage}/{images[k % 10_000]}", "skill": f"kind {k % 8}"}
+            {"question_id": k, "image": images[k % 10_000], "skill": f"kind {k % 8}"}
             | {"text": f"What is thing {k} doing in this picture?", "answer": f"word {k % 999}"}
             for k in range(500_000)
         ]
