@@ -24,6 +24,7 @@ def comparisons(results: dict) -> dict:
     usual = {s: {"sequential": rows["sequential"]} for s, rows in report.items()}
     both = {stream: rows | {"ASR": report[stream][ASR]} for stream, rows in usual.items()}
     groups = {f"a. published, {s}": both[s] | results["asr-published"][s] for s in both}
+    groups |= {f"b. Table 3, {s}": both[s] | results["asr-table"][s] for s in both}
     parts = results["asr-parts"]["domains"]
     groups["d. trained layers, domains"] = {"all": parts["all"]} | parts
     groups["e. q, k alone at 3e-3, domains"] = results["asr-hold"]["domains"]
@@ -35,7 +36,8 @@ def comparisons(results: dict) -> dict:
     groups["h. damping at 1e-2, domains"] = damped | {
         "sequential, lr 2e-3": usual["domains"]["sequential"]
     }
-    return groups
+    samples = {f"j. prototypes, {s}": {"ASR": report[s][ASR]} for s in report}
+    return groups | {t: rows | results["asr-samples"][t[15:]] for t, rows in samples.items()}
 
 
 def shared(rows: dict) -> dict:
@@ -125,12 +127,39 @@ def drift_table() -> str:
     return grid(lines, True)
 
 
+def rates(results: dict) -> dict:
+    """{metric: {label: (learning rates, values [seeds, rates])}} on domains, three seeds."""
+    report, fast, more = (results[n]["domains"] for n in ("report", "report-drift", "asr-rates"))
+    panels = {}
+    for label, row in {"sequential": "sequential", "ASR": ASR}.items():
+        points = {lr: more[f"{label}, lr {lr}"] for lr in ("5e-4", "1e-3")}
+        points |= {"2e-3": report[row], "4e-3": more[f"{label}, lr 4e-3"], "1e-2": fast[row]}
+        runs = shared(points)
+        for name in ("AP", "AF"):
+            values = [[r["metrics"][name] for r in cells.values()] for cells in runs.values()]
+            panels.setdefault(name, {})[label] = list(map(float, runs)), np.array(values).T
+    return panels
+
+
+def rates_table(panels: dict) -> str:
+    """Means at every rate, and the paired difference of the two."""
+    lines = [["i. learning rate, domains", *(f"{lr:.0e}" for lr in panels["AP"]["ASR"][0])]]
+    for name, curves in panels.items():
+        both = [values for _, values in curves.values()]
+        for label, values in zip(curves, both):
+            lines.append([f"{label}, {name}", *map(show, values.mean(0))])
+        pairs = [list(zip(b, a)) for a, b in zip(both[0].T, both[1].T)]
+        lines.append([f"{name}, ASR - sequential", *map(difference, pairs)])
+    return grid(lines, True)
+
+
 def asr(results: dict) -> str:
     """All tables of the page."""
     groups = {title: shared(rows) for title, rows in comparisons(results).items()}
     texts = [table(title, rows) if rows else f"{title}: missing" for title, rows in groups.items()]
     texts += [hidden_table(stream, nested) for stream, nested in hidden().items()]
-    return "\n\n".join([*texts, swapped_table(swapped()), drift_table()])
+    more = [swapped_table(swapped()), rates_table(rates(results)), drift_table()]
+    return "\n\n".join(texts + more)
 
 
 def forest(groups: dict, path: Path) -> None:
@@ -160,6 +189,7 @@ def figures(results: dict, folder: Path) -> None:
     forest(
         {t: rows for t, rows in groups.items() if t[0] in "abfg"}, folder / "asr-differences.png"
     )
+    plot.lines(rates(results), "learning rate", "", folder / "asr-rates.png", xscale="log")
     columns = {"AP (%)": lambda r: r["metrics"]["AP"], "AF (points)": lambda r: r["metrics"]["AF"]}
     columns["drift (millinats)"] = moved
     held = {
