@@ -42,7 +42,7 @@ import data
 import plot
 from attention import capture_attention
 from eval import SAVE_EVERY, Run
-from files import InputError, input_errors
+from files import InputError, input_errors, thumbnails
 from model import LLaVA, to_device
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
@@ -544,7 +544,7 @@ def main(args):
 
         # Test on all stages seen so far; how the questions looked is kept for the figures.
         run.test(t, partial(answer, llava, args, shown))
-        run.note(**{f"{t + 1}-{t + 1}-picture": data.thumbnails(stage.test[:CASES], 112)})
+        run.note(**{f"{t + 1}-{t + 1}-picture": thumbnails(stage.test[:CASES], 112)})
         run.save((t + 1, 0), lora=llava.lora_state(), memory=memory, parser=parser)
 
     llava.save_lora(run.folder / "lora")

@@ -7,7 +7,8 @@ class per method, which overrides what it changes of sequential LoRA.
     sequential  one LoRA adapter trained on stage after stage: what a method must beat; the same
                 run as `asr.py --beta 0 --gamma 0`, bit for bit
     joint       one LoRA adapter trained on all stages at once: usually the ceiling, not continual
-    replay      sequential, with --buffer samples of every earlier stage mixed in
+    replay      sequential, with --buffer samples of every earlier stage mixed in; --buffer adds
+                them to any other method as well that learns stage after stage
     ewc         sequential, with weights held where earlier stages need them: their Fisher
                 information says which ones (Kirkpatrick et al. 2017, arXiv 1612.00796)
     lwf         sequential, with the distributions over words kept near those before the stage, on
@@ -19,6 +20,14 @@ class per method, which overrides what it changes of sequential LoRA.
     hide        a new LoRA for every stage, trained alone; tests add all of them up, but in the last
                 decoder layer each counts by how much image and question are like its stage's (Guo
                 et al. 2025, HiDe-LLaVA, arXiv 2503.12941)
+    disco       a new LoRA for every stage, trained alone; tests weigh them by how much the question
+                is like those of its stage (Guo et al. 2025, arXiv 2503.12897)
+    reglora     a new LoRA for every stage, added to earlier ones; where these have changed W most,
+                the new one is held at zero (Chen et al. 2025, SEFE, arXiv 2505.02486)
+    clmoe       moelora, whose experts keep a share of what they were before the stage (Huai et al.
+                2025, CL-MoE, arXiv 2503.00413)
+    smolora     two of --experts LoRAs for every sample, picked by what the layer sees and by the
+                instruction (Wang et al. 2024, SMoLoRA, arXiv 2411.13949)
 
     python baselines.py --method ewc --stream vqacl               mini stream, tiny LLaVA: minutes
     python baselines.py --method joint --stream vqacl --data DIR --model llava-hf/llava-1.5-7b-hf
@@ -39,6 +48,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity, dropout, kl_div, linear
+from torch.utils.checkpoint import checkpoint
 
 import data
 import plot
@@ -52,13 +62,17 @@ from model import LLaVA, LoRALinear, seed_by, to_device, write_tensors
 
 FISHER_SAMPLES = 100  # of a stage, that ewc measures F on
 LWF_TEMPERATURE = 2.0  # answers are compared as softmax(logits / T)
-# flag -> the method that reads it, its default at full size and for a tiny model
+DISCO_TEMPERATURE = 0.05  # of the softmax over cosines
+KEPT_SHARE = 0.02  # of the entries of every B A of a stage, that reglora protects later
+OLD_SHARE, OLD_SHARE_UNUSED = 0.7, 0.3  # of clmoe's experts; of those in use only before the stage
+# flag -> the methods that read it, its default at full size and for a tiny model
 OWN_FLAGS = {
     "buffer": ("replay", 20, 20),
     "ewc_lambda": ("ewc", 10.0, 10.0),
     "lwf_lambda": ("lwf", 0.25, 1.0),
     "olora_lambda": ("olora", 0.5, 0.05),
-    "experts": ("moelora", 8, 8),
+    "reglora_lambda": ("reglora", 2500.0, 2500.0),
+    "experts": ("moelora clmoe smolora", 8, 8),
     "hide_temperature": ("hide", 0.1, 0.03),
     "hide_sum": ("hide", math.inf, 2.0),
 }
@@ -68,12 +82,15 @@ def parse(argv=None):
     """All flags, defaults filled in; InputError if one makes no sense."""
     parser = data.common_flags("baselines.py", __doc__.split("\n")[0])
     add = parser.add_argument_group("baseline").add_argument
-    add("--method", default="sequential", choices=list(METHODS), help="(default: sequential)")
-    add("--buffer", type=data.count, help="replay: samples per stage (default: 20)")
+    about = f"one of {', '.join(METHODS)} (default: sequential)"
+    add("--method", default="sequential", choices=list(METHODS), metavar="NAME", help=about)
+    add("--buffer", type=data.count, help="samples of each earlier stage, replayed (replay: 20)")
     add("--ewc_lambda", type=data.weight, help="weight of the penalty (default: 10)")
     add("--lwf_lambda", type=data.weight, help="weight of distillation (default: 0.25; tiny 1)")
     add("--olora_lambda", type=data.weight, help="weight of |A_i A_t^T| (default: 0.5; tiny 0.05)")
-    add("--experts", type=data.count, help="moelora: they share the rank (default: 8)")
+    add("--reglora_lambda", type=data.weight, help="weight of |B A| where it is kept (2500)")
+    about = "of moelora, clmoe, smolora: they share the rank (default: 8)"
+    add("--experts", type=data.count, help=about)
     add("--hide_temperature", type=data.positive, help="last layer (default: 0.1; tiny 0.03)")
     add("--hide_sum", type=data.endless, help="n LoRAs count min(1, W / n) (default: inf; tiny 2)")
     add("--blind", action="store_true", help="also test with black images")
@@ -81,16 +98,19 @@ def parse(argv=None):
     if args.plot:
         return args
     tiny = data.is_tiny(args.model)
-    for name, (method, *values) in OWN_FLAGS.items():
-        if getattr(args, name) is None:
+    for name, (methods, *values) in OWN_FLAGS.items():
+        own, given = args.method in methods.split(), getattr(args, name) is not None
+        anywhere = name == "buffer" and args.method not in ("zeroshot", "joint")
+        if given and not (own or anywhere):
+            raise InputError(f"--{name} belongs to --method {methods}: {args.method} ignores it")
+        if not given and (own or name != "buffer"):
             setattr(args, name, values[tiny])
-        elif method != args.method:
-            raise InputError(f"--{name} belongs to --method {method}: {args.method} ignores it")
     args = data.resolve_defaults(args)
-    if args.method == "moelora" and args.rank % args.experts:
+    odd = args.method == "smolora" and args.experts % 2  # it has two halves
+    if args.method in OWN_FLAGS["experts"][0].split() and (args.rank % args.experts or odd):
         raise InputError(f"cannot divide --rank {args.rank} by --experts {args.experts}")
-    if args.blind and args.method == "hide":
-        raise InputError("--blind: hide chooses by the image; use another --method")
+    if args.blind and args.method in ("hide", "disco", "smolora"):
+        raise InputError(f"--blind: {args.method} chooses by the sample; use another --method")
     return args
 
 
@@ -111,7 +131,23 @@ class Sequential:
 
     def plan(self):
         """What to train on: (row of the matrix that is tested afterwards, stage)."""
-        return list(enumerate(self.stages))
+        return [(t, self.mixed(t, stage)) for t, stage in enumerate(self.stages)]
+
+    def mixed(self, t, stage):
+        """The stage with args.buffer samples of each earlier one (all, if it has fewer).
+
+        They are drawn uniformly, the same ones whatever comes later. In vqacl they are dealt out to
+        the object groups, which are visited one after the other.
+        """
+        kept = []
+        for old in self.stages[:t] if self.args.buffer else ():
+            rng = random.Random(f"replay/{self.args.seed}/{old.name}")
+            kept += rng.sample(old.train, min(self.args.buffer, len(old.train)))
+        places = range(len(stage.train), len(stage.train) + len(kept))
+        blocks = stage.blocks and [
+            block + list(places[k :: len(stage.blocks)]) for k, block in enumerate(stage.blocks)
+        ]
+        return replace(stage, train=stage.train + kept, blocks=blocks)
 
     def before(self, t, stage):
         """Once, before training on stage t."""
@@ -167,28 +203,6 @@ class Joint(Sequential):
         everything = [s for stage, n in pairs for s in stage.train * round(n / once)]
         lr = max(stage.lr for stage in self.stages)
         return [(len(self.stages) - 1, Stage("all stages", everything, [], "", None, once, lr))]
-
-
-class Replay(Sequential):
-    """args.buffer samples of each earlier stage are mixed in (all, if it has fewer).
-
-    They are drawn uniformly, the same ones whatever comes later. In vqacl they are dealt out to the
-    object groups, which are visited one after the other.
-    """
-
-    def plan(self):
-        return [(t, self.mixed(t, stage)) for t, stage in enumerate(self.stages)]
-
-    def mixed(self, t, stage):
-        kept = []
-        for old in self.stages[:t]:
-            rng = random.Random(f"replay/{self.args.seed}/{old.name}")
-            kept += rng.sample(old.train, min(self.args.buffer, len(old.train)))
-        places = range(len(stage.train), len(stage.train) + len(kept))
-        blocks = stage.blocks and [
-            block + list(places[k :: len(stage.blocks)]) for k, block in enumerate(stage.blocks)
-        ]
-        return replace(stage, train=stage.train + kept, blocks=blocks)
 
 
 class EWC(Sequential):
@@ -405,6 +419,53 @@ class HiDe(OLoRA):
         save_stack(self.llava, [stage.name for stage in self.stages], folder)
 
 
+class Disco(HiDe):
+    """Tests: y = W x + s sum_i w_i B_i A_i x, w = softmax_i(cos(question, mean question of stage i)
+    / DISCO_TEMPERATURE) in every layer [8]."""
+
+    def answer(self, samples):
+        batch = self.llava.batch(samples, train=False)
+        words, images = self.features_of(batch)
+        weights = self.likeness(words, images * 0).div(DISCO_TEMPERATURE).softmax(1)  # [B, n]
+        pictured = [sample.image is not None for sample in samples]
+        for path, layer in self.llava.layers.items():
+            layer.weights = weights[pictured] if "projector" in path else weights
+        return self.llava.generate(batch)
+
+
+class RegLoRA(OLoRA):
+    """lambda times the mean over layers of mean |(B A)_ij| over the entries that earlier stages
+    changed most, the KEPT_SHARE largest of each one's B A [9]. Zero in the first stage."""
+
+    keeps = ("stacks", "kept")
+
+    def __init__(self, args, llava, stream):
+        super().__init__(args, llava, stream)
+        self.kept = [torch.zeros(0, dtype=torch.long, device=llava.device) for _ in self.layers]
+
+    def penalties(self, t):
+        if not t:
+            return {}
+        # run again in backward: at 7B the products of all layers would take 30 GB
+        again = partial(checkpoint, self.change, use_reentrant=False)
+        changes = [again(layer, kept) for layer, kept in zip(self.layers, self.kept)]
+        return {"reglora": self.args.reglora_lambda * torch.stack(changes).mean()}
+
+    @staticmethod
+    def change(layer, kept):
+        return (layer.B @ layer.A).flatten()[kept].abs().mean()
+
+    @torch.no_grad()
+    def after(self, t, stage):
+        for k, layer in enumerate(self.layers):
+            size = (layer.B @ layer.A).flatten().abs()
+            largest = size.topk(max(1, int(KEPT_SHARE * len(size)))).indices
+            self.kept[k] = torch.cat([self.kept[k], largest])
+
+    def stored(self):
+        return super().stored() + sum(map(len, self.kept))
+
+
 class MoELoRALinear(torch.nn.Module):
     """y = W x + (alpha / r) B (g * A x) for x [..., in]; g = softmax(G x), [..., E], weighs the
     experts, each of which has r / E of the rows of A [5]."""
@@ -413,13 +474,16 @@ class MoELoRALinear(torch.nn.Module):
         super().__init__()
         self.base, self.dropout, self.scale = base, dropout, alpha / rank
         fresh = LoRALinear(base, rank, alpha, dropout)
-        self.A, self.B = fresh.A, fresh.B
+        self.A, self.B, self.count = fresh.A, fresh.B, None
         G = torch.zeros(experts, base.in_features, device=base.weight.device)
         self.G = torch.nn.Parameter(G)
 
     def forward(self, x):
         y, (A, B, G) = self.base(x), (p.to(x.dtype) for p in (self.A, self.B, self.G))
-        g = linear(x, G).softmax(-1).repeat_interleave(len(A) // len(G), -1)
+        g = linear(x, G).softmax(-1)
+        if self.count and self.training:  # clmoe: which two gates of a token are the largest?
+            self.count(g)
+        g = g.repeat_interleave(len(A) // len(G), -1)
         h = linear(dropout(x, self.dropout, self.training), A) * g * self.scale
         return y + linear(h, B)
 
@@ -432,8 +496,105 @@ class MoELoRA(Sequential):
         write_tensors(folder / "adapter_model.safetensors", self.llava.lora_state())
 
 
-METHODS = {"zeroshot": ZeroShot, "sequential": Sequential, "joint": Joint, "replay": Replay}
+class CLMoE(MoELoRA):
+    """After every stage but the first an expert becomes lambda old + (1 - lambda) new; lambda is
+    OLD_SHARE, or OLD_SHARE_UNUSED for an expert that was among the more used half in the stage
+    before and no longer is. Gates are not averaged [10]."""
+
+    keeps = ("old", "top", "used")
+
+    def __init__(self, args, llava, stream):
+        super().__init__(args, llava, stream)
+        self.old, self.used = [], torch.zeros(args.experts, dtype=torch.long, device=llava.device)
+        self.top = self.used > 0
+        for layer in llava.layers.values():
+            layer.count = self.count
+
+    def count(self, g):
+        self.used += g.topk(2).indices.flatten().bincount(minlength=len(self.used))
+
+    def before(self, t, stage):
+        self.old = [p.detach().clone() for p in self.lora]
+        self.used = torch.zeros_like(self.used)
+
+    @torch.no_grad()
+    def after(self, t, stage):
+        most = self.used.topk(len(self.top) // 2).indices
+        top = torch.zeros_like(self.top).index_fill(0, most, True)
+        share = torch.where(self.top & ~top, OLD_SHARE_UNUSED, OLD_SHARE)  # [E]
+        share, self.top = share.repeat_interleave(self.args.rank // len(top)), top
+        layers = self.llava.layers.values() if t else ()
+        for layer, A, B in zip(layers, self.old[::3], self.old[1::3]):  # the third is G
+            layer.A.lerp_(A, share[:, None])
+            layer.B.lerp_(B, share)
+
+
+class SMoLoRALinear(torch.nn.Module):
+    """y = W x + a y_v + b y_i for x [B, S, in]: y_v = s B_k A_k x of the expert k among the first
+    half that a fixed gate picks for the mean of x over the sequence, y_i of one among the second
+    half, picked for the instruction; [a, b] = softmax([u_v . y_v, u_i . y_i]) token by token [11].
+
+    routing: for all layers, of the batch: "mask" [B, S] of real tokens, "pictured" [B], "words"
+    [B, width]. The gates are drawn and stay as they are: nothing in the method gives a gradient.
+    """
+
+    def __init__(self, base, rank, alpha, dropout, experts, width, routing):
+        super().__init__()
+        self.base, self.dropout, self.scale, self.routing = base, dropout, alpha / rank, routing
+        fresh, device, half = (
+            LoRALinear(base, rank, alpha, dropout),
+            base.weight.device,
+            experts // 2,
+        )
+        self.A, self.B = fresh.A, fresh.B
+        self.u = torch.nn.Parameter(torch.zeros(2, base.out_features, device=device))
+        self.gates = [torch.randn(half, n).to(device) for n in (base.in_features, width)]
+        self.chosen = None
+
+    def forward(self, x):
+        mask, words = self.routing["mask"], self.routing["words"]
+        if len(x) != len(mask) or x.shape[1] not in (1, mask.shape[1]):  # the projector: images
+            mask, words = torch.ones_like(x[..., 0]), words[self.routing["pictured"]]
+        if x.shape[1] > 1:  # a token that is being written keeps the experts of its prompt
+            total = torch.einsum("bs,bsd->bd", mask.to(x.dtype), x.detach())
+            kinds = zip((total.float() / mask.sum(1, keepdim=True), words), self.gates)
+            self.chosen = torch.stack([(about @ gate.T).argmax(1) for about, gate in kinds])
+        half, each = len(self.gates[0]), len(self.A) // (2 * len(self.gates[0]))
+        picked = torch.eye(half, device=x.device)[self.chosen].repeat_interleave(
+            each, 2
+        )  # [2, B, r/2]
+        A, B, u = (p.to(x.dtype) for p in (self.A, self.B, self.u))
+        h = linear(dropout(x, self.dropout, self.training), A) * self.scale  # [B, S, r]
+        h = torch.stack(h.chunk(2, -1)) * picked[:, :, None].to(x.dtype)  # [2, B, S, r/2]
+        both = torch.stack([linear(part, rows) for part, rows in zip(h, B.chunk(2, 1))])
+        share = torch.einsum("kbso,ko->kbs", both, u).softmax(0)
+        return self.base(x) + (share[..., None] * both).sum(0)
+
+
+class SMoLoRA(MoELoRA):
+    def add_lora(self):
+        self.routing, width = {}, self.llava.model.config.text_config.hidden_size
+        options = {"experts": self.args.experts, "width": width, "routing": self.routing}
+        return self.llava.add_lora(self.args, SMoLoRALinear, **options)
+
+    def route(self, batch):
+        words, _ = question_and_image(self.llava, batch)
+        pictured = [sample.image is not None for sample in batch["samples"]]
+        self.routing |= {"mask": batch["attention_mask"], "words": words, "pictured": pictured}
+
+    def losses(self, t, batch):
+        self.route(batch)
+        return super().losses(t, batch)
+
+    def answer(self, samples):
+        batch = self.llava.batch(samples, train=False)
+        self.route(batch)
+        return self.llava.generate(batch)
+
+
+METHODS = {"zeroshot": ZeroShot, "sequential": Sequential, "joint": Joint, "replay": Sequential}
 METHODS |= {"ewc": EWC, "lwf": LwF, "olora": OLoRA, "moelora": MoELoRA, "hide": HiDe}
+METHODS |= {"disco": Disco, "reglora": RegLoRA, "clmoe": CLMoE, "smolora": SMoLoRA}
 
 
 def test_blind(run, method):

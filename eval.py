@@ -31,11 +31,9 @@ import json
 import math
 import os
 import shlex
-import subprocess
 import sys
 import time
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +43,7 @@ import report
 from files import (
     InputError,
     damaged,
+    git_commit,
     input_errors,
     jsonable,
     lock,
@@ -169,7 +168,6 @@ def paired(a, b) -> tuple[float, float, float, int]:
 
 # ---- 3. The run folder: --out IS the run ---------------------------------------------------------
 
-REPOSITORY = Path(__file__).resolve().parent
 MAY_DIFFER = ("resume", "out", "plot", "report")  # flags that do not change what is computed
 ANEW = "; start the run anew with another --out"
 NOT_IN_THE_BAR = ("lr", "gradient_norm", "task", "distance", "weight", "phase")
@@ -420,21 +418,6 @@ def _existing_run(run, now, resume):
     if now["commit"] not in before:  # two versions of the code
         write_json(run / "args.json", was | {"commit": f"{before}, then {now['commit']}"})
     return run
-
-
-def git_commit():
-    """Commit of this code, "-dirty" if files outside results/ differ; "unknown" outside git."""
-    git = ["git", "-C", str(REPOSITORY)]
-    try:
-        output = partial(subprocess.run, capture_output=True, text=True, check=True)
-        top = output([*git, "rev-parse", "--show-toplevel"]).stdout.strip()
-        if Path(top).resolve() != REPOSITORY:
-            return "unknown"  # a copy without .git, unpacked inside another repository
-        commit = output([*git, "rev-parse", "HEAD"]).stdout.strip()
-        dirty = output([*git, "status", "--porcelain", "--", ".", ":!results"]).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("-dirty" if dirty else "")
 
 
 def write_predictions(run, trained, tested, rows):

@@ -35,7 +35,7 @@ import plot
 from baselines import StackedLoRALinear, save_stack
 from eval import SAVE_EVERY, Run
 from features import frozen_features
-from files import input_errors
+from files import input_errors, thumbnails
 from mllm_cl import backward, sent
 from model import LLaVA, seed_by
 
@@ -247,7 +247,7 @@ def main(args):
         # Test on all stages seen so far; the router's choices are kept for the figures.
         llava.eval()
         run.test(t, partial(answer, llava, args, names, memory))
-        run.note(**{f"{t + 1}-{t + 1}-picture": data.thumbnails(stage.test[:2], 96)})
+        run.note(**{f"{t + 1}-{t + 1}-picture": thumbnails(stage.test[:2], 96)})
         run.save((t + 1, 0), **experts_state(llava, memory))
 
     save_stack(llava, names, run.folder / "experts")

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel, CLIPProcessor
 
-from data import pad_square
-from files import InputError, load_image
+from files import InputError, load_image, pad_square
 
 DECODERS = 8  # threads that decode images while a GPU computes
 FEATURE_GB = 4.0  # how much of them is kept in memory; a 7B image is 576 x 1024 bfloat16 = 1.2 MB

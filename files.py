@@ -3,6 +3,7 @@
 input_errors       at the bottom of every script: what goes wrong ends as one sentence
 damaged            around whatever reads a file that may be broken
 read_json          the content of a file, or an InputError that names it; load_image: its pixels
+pad_square         an image as LLaVA sees it; thumbnails: the images of samples for a figure
 write_bytes, ...   a whole file or nothing
 lock               a run folder belongs to one process
 predictions_file   where a run keeps the answers behind a cell of its accuracy matrix
@@ -17,7 +18,9 @@ import math
 import os
 import re
 import resource
+import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -176,6 +179,21 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
 
 
+def pad_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
+    """The image in the middle of a square of color `fill`, as LLaVA-1.5 was trained."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), fill)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def thumbnails(samples: list, side: int) -> np.ndarray:
+    """The images of samples for a figure: [N, side, side, 3] uint8, white where there is none."""
+    images = [s.image and pad_square(load_image(s.image), (127,) * 3) for s in samples]
+    blank = np.full((side, side, 3), 255, np.uint8)
+    return np.stack([np.array(i.resize((side, side))) if i else blank for i in images])
+
+
 def predictions_file(run, trained, tested):
     """File of the answers behind matrix[trained, tested] (from 0); a word names an extra test."""
     on = tested + 1 if isinstance(tested, int) else tested
@@ -270,3 +288,19 @@ def versions():
     """Of Python and the packages that numbers depend on."""
     packages = ("torch", "transformers", "numpy", "pillow")
     return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+
+
+def git_commit():
+    """Commit of this code, "-dirty" if files outside results/ differ; "unknown" outside git."""
+    home = Path(__file__).resolve().parent
+    git = ["git", "-C", str(home)]
+    try:
+        output = partial(subprocess.run, capture_output=True, text=True, check=True)
+        top = output([*git, "rev-parse", "--show-toplevel"]).stdout.strip()
+        if Path(top).resolve() != home:
+            return "unknown"  # a copy without .git, unpacked inside another repository
+        commit = output([*git, "rev-parse", "HEAD"]).stdout.strip()
+        dirty = output([*git, "status", "--porcelain", "--", ".", ":!results"]).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("-dirty" if dirty else "")

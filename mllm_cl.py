@@ -44,7 +44,7 @@ import plot
 from benchmarks import LETTERS
 from eval import SAVE_EVERY, Run, accuracy, evaluate, grid, read_run, show
 from features import asked, frozen_features
-from files import InputError, input_errors, progress
+from files import InputError, input_errors, progress, thumbnails
 from model import LLaVA, read_lora, seed_by, set_random_state, share_out
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def parse(argv=None):
     add("--router_lr", type=data.positive, help="peak rate (default: 2e-4; tiny model 2e-3)")
     add("--router_epochs", type=data.count, help="over kept samples (default: 30; tiny model 10)")
     about = "go on from the last router, N steps; 0: anew, --router_epochs (default: 0; tiny 60)"
-    add("--router_steps", type=data.weight, metavar="N", help=about)
+    add("--router_steps", type=data.natural, metavar="N", help=about)
     add("--router_batch", type=data.count, help="samples per step (default: 16; tiny model 4)")
     about = "a kept sample loses its image in every second pass (default: tiny model only)"
     add("--blind_shots", action=argparse.BooleanOptionalAction, help=about)
@@ -206,7 +206,7 @@ def router_steps(n, t, args):
     pass, the others in the next [9]. The first router cannot go on from another: it has 3 N steps.
     """
     steps, size, micro = [], args.router_batch, math.ceil(args.router_batch / args.accumulate)
-    most = int(args.router_steps) * (3 if t == 1 else 1)
+    most = args.router_steps * (3 if t == 1 else 1)
     passes = math.ceil(most / math.ceil(n / size)) if most else args.router_epochs
     for epoch in range(passes):
         order = random.Random(f"router/{args.seed}/{t}/{epoch}").sample(range(n), n)
@@ -426,7 +426,7 @@ def main(args):
 
         # Test on all stages seen so far; the router's choices are kept for the figures.
         run.test(t, partial(answer, llava, team, args, run), whole=True)
-        run.note(**{f"{t + 1}-{t + 1}-picture": data.thumbnails(stage.test[:2], 96)})
+        run.note(**{f"{t + 1}-{t + 1}-picture": thumbnails(stage.test[:2], 96)})
         run.save((t + 1, 0, 0), **team.state())
 
     print(f"generated and routed: {dict(team.cost)}")

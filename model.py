@@ -39,9 +39,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from attention import one_pass_per_block
-from data import TARGETS, Collator, text_config
+from data import TARGETS, text_config
 from features import FeatureCache
 from files import InputError, damaged, progress, read_json, silent, write_bytes, write_json
+from tokens import Collator
 
 # ---- 1. LLaVA ------------------------------------------------------------------------------------
 

@@ -18,8 +18,8 @@ from string import Template
 import numpy as np
 from PIL import Image
 
-from data import Stage, pad_square
-from files import InputError, load_image, predictions_file, read_json, write_text
+from data import Stage
+from files import InputError, load_image, pad_square, predictions_file, read_json, write_text
 
 SHOWN, LARGEST = 40, 3_000_000  # questions of a stage; bytes of a page, else half as many questions
 SIDE = 96  # pixels of a thumbnail

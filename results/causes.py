@@ -35,8 +35,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 import asr  # noqa: E402
 import data  # noqa: E402
 import plot  # noqa: E402
-from eval import accuracy, evaluate, git_commit, read_run  # noqa: E402
-from files import input_errors, jsonable, write_text  # noqa: E402
+from eval import accuracy, evaluate, read_run  # noqa: E402
+from files import git_commit, input_errors, jsonable, write_text  # noqa: E402
 from model import LLaVA, read_lora  # noqa: E402
 
 STREAMS, RECORDS = ("domains", "vqacl"), Path(__file__).parent

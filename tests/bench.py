@@ -29,8 +29,8 @@ import transformers as tf
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from eval import git_commit, grid  # noqa: E402
-from files import read_json  # noqa: E402
+from eval import grid  # noqa: E402
+from files import git_commit, read_json  # noqa: E402
 
 RECORDS = ROOT / "results" / "widths.jsonl"
 # Without a role before the system sentence, as in the template of llava-hf/llava-1.5-7b-hf.

@@ -44,9 +44,10 @@ import baselines  # noqa: E402
 import cram  # noqa: E402
 import data  # noqa: E402
 import mllm_cl  # noqa: E402
-from eval import git_commit, grid  # noqa: E402
-from files import read_json  # noqa: E402
+from eval import grid  # noqa: E402
+from files import git_commit, load_image, pad_square, read_json  # noqa: E402
 from model import LLaVA  # noqa: E402
+from tokens import build_prompt  # noqa: E402
 
 RECORDS, TINY = ROOT / "results" / "speed.jsonl", ROOT / "mini" / "tiny-llava"
 BATCH, STEPS = 16, 6  # samples of a step; steps (or batches of questions) of a turn
@@ -145,8 +146,8 @@ class Peft:
         texts, system = [], self.args.system
         for s in samples:
             answer = s.answer if train else None
-            texts.append(data.build_prompt(self.processor, s.question, answer, True, system)[0])
-        images = [data.pad_square(data.load_image(s.image), self.border) for s in samples]
+            texts.append(build_prompt(self.processor, s.question, answer, True, system)[0])
+        images = [pad_square(load_image(s.image), self.border) for s in samples]
         options = {"padding": True, "padding_side": "right" if train else "left"}
         return self.processor(text=texts, images=images, return_tensors="pt", **options).to(
             self.device, self.model.dtype

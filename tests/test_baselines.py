@@ -150,6 +150,110 @@ def test_hide_weighs_each_question_in_the_last_layer_alone(make, samples):
     torch.testing.assert_close(hide.likeness(words, images), cosines)
 
 
+def test_disco_weighs_experts_by_the_question_alone(make, samples):
+    disco = make("disco", "--targets", "q,projector")
+    for t, stage in enumerate(disco.stages):
+        disco.before(t, stage)
+        change(disco)
+        disco.after(t, stage)
+    some = [
+        samples[0],
+        replace(samples[0], image=samples[3].image),
+        replace(samples[1], image=None),
+    ]
+    assert len(disco.answer(some)) == 3
+    words, _ = disco.features_of(disco.llava.batch(some, train=False))
+    means = torch.stack([anchor for anchor, _ in disco.anchors])
+    cosines = torch.nn.functional.cosine_similarity(words[:, None], means[None], -1)
+    for path, layer in disco.llava.layers.items():
+        wanted = (cosines / 0.05).softmax(1)
+        torch.testing.assert_close(layer.weights, wanted[:2] if "projector" in path else wanted)
+    assert torch.equal(layer.weights[0], layer.weights[1])  # the same question
+
+
+def test_reglora_holds_the_entries_that_earlier_stages_changed_most(make, samples):
+    reglora, layer = make("reglora"), None
+    assert reglora.penalties(0) == {}
+    layer = reglora.layers[0]
+    product = (layer.B @ layer.A).detach().flatten().abs()
+    reglora.after(0, reglora.stages[0])
+    kept, size = reglora.kept[0], int(0.02 * len(product))
+    assert len(kept) == size and product[kept].min() >= product.sort().values[-size]
+    reglora.before(1, reglora.stages[1])
+    assert reglora.penalties(1)["reglora"] == 0  # B starts at zero
+    change(reglora)
+    products = [(layer.B @ layer.A).flatten() for layer in reglora.layers]
+    means = [x[kept].abs().mean() for x, kept in zip(products, reglora.kept)]
+    torch.testing.assert_close(reglora.penalties(1)["reglora"], 2500 * torch.stack(means).mean())
+    reglora.after(1, reglora.stages[1])
+    assert len(reglora.kept[0]) == 2 * size and torch.equal(reglora.kept[0][:size], kept)
+    away = torch.ones_like(products[0]).index_fill(0, kept, 0).view(layer.B.shape[0], -1)
+    entries = torch.autograd.grad(products[0].view_as(away)[away.bool()].sum(), layer.A)[0]
+    assert entries.any()  # elsewhere a change is free: no kept entry, no penalty
+    with torch.no_grad():
+        layer.B.zero_()
+        layer.B[:, 0] = 1
+        layer.A.zero_()
+        free = away.all(0).nonzero()[:, 0]
+        layer.A[0, free] = 5.0
+    assert reglora.change(layer, kept) == 0
+
+
+def test_clmoe_keeps_a_share_of_its_experts(make, samples):
+    clmoe = make("clmoe", "--experts", "4", "--targets", "q,v")
+    layers = list(clmoe.llava.layers.values())
+    clmoe.before(0, clmoe.stages[0])
+    clmoe.llava.model.train()
+    clmoe.losses(0, clmoe.llava.batch(samples[:4], train=True))
+    tokens = clmoe.used.sum()
+    assert tokens > 0 and tokens % (2 * len(layers)) == 0  # two a token and layer
+    first = copies(clmoe.lora)
+    clmoe.after(0, clmoe.stages[0])
+    assert all(torch.equal(a, b) for a, b in zip(first, clmoe.lora)) and clmoe.top.sum() == 2
+    clmoe.top = torch.tensor([True, True, False, False])
+    clmoe.before(1, clmoe.stages[1])
+    clmoe.used = torch.tensor([0, 9, 9, 0])  # the first is not used any more
+    new = copies(change(clmoe).lora)
+    clmoe.after(1, clmoe.stages[1])
+    share = torch.tensor([0.3, 0.7, 0.7, 0.7])  # rank 4: a row each
+    for k, layer in enumerate(layers):
+        (A, B, _), (C, D, G) = first[3 * k : 3 * k + 3], new[3 * k : 3 * k + 3]
+        torch.testing.assert_close(layer.A, share[:, None] * A + (1 - share[:, None]) * C)
+        torch.testing.assert_close(layer.B, share * B + (1 - share) * D)
+        assert torch.equal(layer.G, G)
+
+
+def test_smolora_picks_one_expert_by_sight_and_one_by_the_instruction(make, samples):
+    smolora = make("smolora", "--experts", "4", "--targets", "q,projector")
+    layers = list(smolora.llava.layers.values())
+    gates = [copies(layer.gates) for layer in layers]
+    some = [samples[0], replace(samples[0], image=samples[3].image), samples[1]]
+    smolora.losses(0, smolora.llava.batch(some, train=True))["task"].backward()
+    for layer in layers:
+        sight, instruction = layer.chosen
+        assert instruction[0] == instruction[1]  # the same words
+        for rows, chosen in zip(layer.A.grad.abs().sum(1).chunk(2), (sight, instruction)):
+            assert set(rows.nonzero()[:, 0].tolist()) == set(chosen.tolist())
+    layer = smolora.llava.layers["model.language_model.layers.0.self_attn.q_proj"]
+    x, mask = torch.randn(3, 5, layer.base.in_features), torch.ones(3, 5)
+    smolora.routing["mask"] = mask
+    y, (A, B) = layer(x), (layer.A, layer.B)
+    for b, (k, n) in enumerate(layer.chosen.T.tolist()):
+        v, i = (layer.scale * x[b] @ A[[r]].T @ B[:, [r]].T for r in (k, 2 + n))
+        a = torch.stack([v @ layer.u[0], i @ layer.u[1]]).softmax(0)[..., None]
+        torch.testing.assert_close(y[b], layer.base(x[b]) + a[0] * v + a[1] * i)
+    alone = [smolora.answer([sample])[0] for sample in some]
+    assert smolora.answer(some) == alone  # whatever the batch and its padding
+    assert all(map(torch.equal, sum(gates, []), sum((layer.gates for layer in layers), [])))
+
+
+def test_any_method_can_replay(make):
+    ewc, replay = make("ewc", "--buffer", "4"), make("replay", "--buffer", "4")
+    assert [stage for _, stage in ewc.plan()] == [stage for _, stage in replay.plan()]
+    with pytest.raises(data.InputError, match="--buffer belongs to --method replay: joint ignores"):
+        baselines.parse(["--method", "joint", "--buffer", "4"])
+
+
 def test_moelora_starts_as_the_base_and_its_gate_mixes_experts():
     torch.manual_seed(2)
     layer = baselines.MoELoRALinear(torch.nn.Linear(10, 6), 8, 16.0, 0.0, 4)

@@ -13,7 +13,9 @@ from transformers import AutoProcessor
 import asr
 import benchmarks
 import data
+import files
 from data import InputError
+from tokens import Collator, build_prompt
 
 # Fixtures: two-record streams in both layouts, a small tokenizer, a folder that looks like a model
 
@@ -318,7 +320,7 @@ def test_several_turns_are_one_conversation(llava, llama, qwen):
     assert (one.question, one.answer) == ("What?", "A cat")
     assert one.further == (("How many?", "2"), ("Where?", "on a mat"))
     about = one.question, one.answer, True, "Be nice.", one.further
-    texts = [data.build_prompt(processor, *about)[0] for processor in (llama, qwen)]
+    texts = [build_prompt(processor, *about)[0] for processor in (llama, qwen)]
     vicuna = "Be nice. USER: <image>\nWhat? ASSISTANT: A cat</s>USER: How many? ASSISTANT: 2</s>"
     assert texts[0] == vicuna + "USER: Where? ASSISTANT: on a mat</s>"
     turn = "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -326,7 +328,7 @@ def test_several_turns_are_one_conversation(llava, llama, qwen):
     system = "<|im_start|>system\nBe nice."
     assert texts[1] == system + chatml + turn.format("Where?") + "on a mat<|im_end|>"
     for processor in (llama, qwen):  # all answers are in the loss, with their ends
-        batch = data.Collator(processor, 4, "Be nice.")([one, sample()], train=True)
+        batch = Collator(processor, 4, "Be nice.")([one, sample()], train=True)
         labels = batch["labels"][0]
         end = processor.tokenizer.eos_token
         said = processor.tokenizer.decode(labels[labels != -100])
@@ -440,13 +442,13 @@ def test_schedule_rises_once_then_falls_to_zero():
 
 
 def test_prompts_of_llava_15_and_chatml(llama, qwen):
-    text, (start, end), [(answer, _)] = data.build_prompt(llama, "What color is it?", "red")
+    text, (start, end), [(answer, _)] = build_prompt(llama, "What color is it?", "red")
     assert text == "USER: <image>\nWhat color is it? ASSISTANT: red</s>"
     assert text[start:end] == "What color is it?" and text[answer:] == " red</s>"
-    assert data.build_prompt(llama, "What color is it?")[0] == text[:answer]
-    text, span, _ = data.build_prompt(llama, "USER", "ASSISTANT", image=False)
+    assert build_prompt(llama, "What color is it?")[0] == text[:answer]
+    text, span, _ = build_prompt(llama, "USER", "ASSISTANT", image=False)
     assert text == "USER: USER ASSISTANT: ASSISTANT</s>" and span == (6, 10)
-    text, (start, end), [(answer, _)] = data.build_prompt(qwen, "user", "red")
+    text, (start, end), [(answer, _)] = build_prompt(qwen, "user", "red")
     head = "<|im_start|>user\n<image>\nuser<|im_end|>\n<|im_start|>assistant\n"
     assert text == head + "red<|im_end|>" and text[:answer] == head
     assert text[start - 8 : end] == "<image>\nuser"
@@ -458,7 +460,7 @@ def test_loss_mask(kind, request):
     tokenizer = processor.tokenizer
     samples = [sample(suffix="Answer one word"), sample("Ω?", "3 dark red", image=None)]
     samples.append(sample("is it 4?", "no"))
-    collate = data.Collator(processor, 4)
+    collate = Collator(processor, 4)
     batch, prompts = collate(samples, train=True), collate(samples, train=False)
     assert "labels" not in prompts
     for b, s in enumerate(samples):
@@ -487,7 +489,7 @@ def test_loss_mask(kind, request):
 
 
 def test_answer_and_image_tokens_are_counted(llama):
-    collate = data.Collator(llama, 4)
+    collate = Collator(llama, 4)
     target = collate([sample(answer="3")], train=True)["labels"][0]
     tokens = llama.tokenizer.convert_ids_to_tokens(target[target != -100].tolist())
     assert tokens == ["Ġ", "3", "</s>"]  # a lone blank before a digit is in the loss
@@ -501,7 +503,7 @@ def test_answer_and_image_tokens_are_counted(llama):
 def test_images(tmp_path):
     path = tmp_path / "gray.png"
     Image.new("L", (4, 2), 255).save(path)
-    square = data.pad_square(data.load_image(path), (1, 2, 3))
+    square = files.pad_square(data.load_image(path), (1, 2, 3))
     assert [square.getpixel((0, y)) for y in (0, 1, 3)] == [(1, 2, 3), (255,) * 3, (1, 2, 3)]
 
 

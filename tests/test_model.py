@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from attention import capture_attention
-from data import InputError, load_image, pad_square
 from features import image_means
+from files import InputError, load_image, pad_square
 from model import LoRALinear, load_llava, read_lora
 
 peft = pytest.importorskip("peft")

@@ -82,6 +82,8 @@ def test_records_are_those_of_commands_that_scripts_understand(name, monkeypatch
             continue
         was, settings = records[cell]["args"], [*SETTINGS, f"{args.get('method')}_lambda"]
         settings = {key: args[key] for key in settings if key in args}
+        if args.get("method") != "replay":  # records from before it was for all methods have 20
+            settings.pop("buffer", None)
         assert {key: was.get(key) for key in settings} == settings and records[cell]["seconds"] > 0
         metrics = evaluation.metrics(records[cell]["matrix"])
         assert math.isfinite(metrics["AP"])

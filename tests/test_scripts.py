@@ -51,7 +51,18 @@ FLAGS = {
 }
 METHODS = list(baselines.METHODS)
 # What a method keeps from stage to stage must survive a kill, and be equal in all processes.
-WITH_STATE = ["asr", "cram", "mllm_cl", "experts", "ewc", "lwf", "olora", "hide"]
+WITH_STATE = [
+    "asr",
+    "cram",
+    "mllm_cl",
+    "experts",
+    "ewc",
+    "lwf",
+    "olora",
+    "hide",
+    "reglora",
+    "clmoe",
+]
 STEPS = {"replay": 4 + 5 + 6, "zeroshot": 0, "mllm_cl": 3 * 4 + 6 + 2}  # the others: 3 * 4
 
 
@@ -130,7 +141,7 @@ def test_a_run_leaves_its_record_and_figures(name, runs):
     assert {path.name for path in (run / "predictions").iterdir()} == cells
     assert evaluation.rescore(run) == []
     assert (record["trainable_parameters"] == 0) == (name == "zeroshot")
-    grows = name in ("asr", "mllm_cl", "experts", "ewc", "olora", "hide")
+    grows = name in ("asr", "mllm_cl", "experts", "ewc", "olora", "hide", "disco", "reglora")
     assert (np.max(record["stored_parameters"]) > np.max(record["trainable_parameters"])) == grows
     assert record["script"] == script_of(name)[0] and record["seconds"] > 0
     figures = {path.name for path in run.glob("figures/*") if path.stat().st_size > 5000}
