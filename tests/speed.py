@@ -52,16 +52,25 @@ from tokens import build_prompt  # noqa: E402
 RECORDS, TINY = ROOT / "results" / "speed.jsonl", ROOT / "mini" / "tiny-llava"
 BATCH, STEPS = 16, 6  # samples of a step; steps (or batches of questions) of a turn
 WHOLE = {  # what -> (command, what it is compared with)
-    "sequential, vqacl": ("baselines.py --method sequential --stream vqacl", ""),
+    "sequential, vqacl": ("baselines.py --stream vqacl", ""),
     "asr.py, vqacl": ("asr.py --stream vqacl", "sequential, vqacl"),
     "sequential, vqacl, 3 epochs": ("baselines.py --stream vqacl --epochs 3", ""),
     "asr.py, vqacl, 3 epochs": ("asr.py --stream vqacl --epochs 3", "sequential, vqacl, 3 epochs"),
-    "sequential, dcl": ("baselines.py --method sequential --stream dcl", ""),
+    "sequential, cut vqacl": ("baselines.py --stream vqacl CUT", ""),
+    "mllm_cl.py, cut vqacl": ("mllm_cl.py --stream vqacl CUT", "sequential, cut vqacl"),
+    "sequential, cut vqacl, 5 stages": ("baselines.py --stream vqacl CUT FIVE", ""),
+    "mllm_cl.py, cut vqacl, 5 stages": (
+        "mllm_cl.py --stream vqacl CUT FIVE",
+        "sequential, cut vqacl, 5 stages",
+    ),
+    "sequential, dcl": ("baselines.py --stream dcl", ""),
     "mllm_cl.py, dcl": ("mllm_cl.py --stream dcl", "sequential, dcl"),
     "experts.py, dcl": ("experts.py --stream dcl", "sequential, dcl"),
-    "sequential, ucit": ("baselines.py --method sequential --stream ucit", ""),
+    "sequential, ucit": ("baselines.py --stream ucit", ""),
     "cram.py, ucit": ("cram.py --stream ucit", "sequential, ucit"),
 }
+CUT = "--limit 480 --limit_test 40"
+FIVE = "--order recognition,location,judge,commonsense,count"
 LOAD = """import resource, sys, time; start = time.perf_counter()
 sys.argv = ["asr.py", "--stream", sys.argv[1], "--epochs", "1"]
 import asr, data
@@ -332,7 +341,7 @@ def whole(options):
     """Whole runs, one after the other."""
     seconds = {}
     for what, (command, beside) in WHOLE.items():
-        script, *flags = command.split()
+        script, *flags = command.replace("CUT", CUT).replace("FIVE", FIVE).split()
         out = options.out / what.replace(", ", "-").replace(" ", "-")
         words = [*flags, "--out", str(out), "--device", options.device, "--report", "none"]
         subprocess.run([sys.executable, str(ROOT / script), *words], cwd=ROOT, check=True)
