@@ -16,7 +16,9 @@ from eval import compared, difference, grid, mean_std, paired, show
 
 RESULTS = Path(__file__).parent
 OURS = "experts + LDA (ours)"
-KEEP_NOTHING = "asr cram mllm_cl experts zeroshot sequential ewc lwf olora moelora hide".split()
+GOES_ON = "MR-LoRA, router goes on"
+KEEP_NOTHING = """asr cram mllm_cl experts zeroshot sequential ewc lwf olora moelora hide disco
+    reglora clmoe smolora""".split()
 
 
 def details(record: dict) -> dict[str, float | None]:
@@ -103,7 +105,8 @@ def choice(results: dict) -> str:
     """
     streams = {}  # stream -> {row: {seed: numbers}}
     for stream, rows in results["all"].items():
-        rows = results["all-baselines"][stream] | rows | {OURS: ours(results)[stream]}
+        rows = results["all-baselines"][stream] | rows | results["router"][stream]
+        rows |= {OURS: ours(results)[stream]}
         rows["joint"] = rows.pop("joint")  # last
         runs = {row: finished(cells) for row, cells in rows.items()}
         having = [set(cells) for cells in runs.values() if cells]
@@ -114,6 +117,8 @@ def choice(results: dict) -> str:
                 values["time"] = values["seconds"] / runs["sequential"][seed]["seconds"]
         for values in runs[OURS].values():  # another machine than that of the other rows
             values["time"] = time_of(results, stream)
+        for values in runs[GOES_ON].values():  # the same; see tests/speed.py
+            values["time"] = math.nan
         streams[stream] = runs
     names = ("AP", "MFT", "AF", "stored (1000)", "kept samples", "time")
     first, second = [["AP", *streams]], [["mean over streams", *names]]
@@ -249,6 +254,30 @@ def experts(results: dict) -> str:
     return "\n\n".join([*texts, grid(table, True), time])
 
 
+def router(results: dict) -> str:
+    """MR-LoRA's routers, trained anew after every stage (sweep all) or going on: means over the
+    seeds that both have, and the seconds of training routers and routing by those of training
+    experts; below, paired by seed, the difference of the means over the streams."""
+    both = {
+        stream: {"anew": results["all"][stream]["MR-LoRA"], GOES_ON: rows[GOES_ON]}
+        for stream, rows in results["router"].items()
+    }
+    table = [["MR-LoRA", *both, "mean"]]
+    for name in ("AP", "right expert (%)"):
+        for row, values in by_stream(both, name)[0].items():
+            table.append([f"{name}, {row}", *map(show, [*values, np.mean(values)])])
+    for row in ("anew", GOES_ON):
+        runs = [[r["seconds_by_part"] for r in rows[row].values() if r] for rows in both.values()]
+        times = [[(x["router"] + x["routing"]) / x["expert"] for x in parts] for parts in runs]
+        values = [np.mean(x or math.nan) for x in times]
+        table.append([f"router / experts, {row}", *map(show, [*values, np.mean(values)])])
+    anew, on = (per_seed(rows[row] for rows in both.values()) for row in ("anew", GOES_ON))
+    seeds = sorted(set(anew).intersection(on))
+    pairs = [list(zip(on[seed], anew[seed])) for seed in seeds]
+    ap, af = map(difference, zip(*pairs))
+    return f"{grid(table, True)}\n\nSeeds {seeds}: AP {ap}, AF {af}."
+
+
 def per_seed(streams) -> dict[int, tuple[float, float]]:
     """{seed: (AP, AF)}, means over all streams, of the seeds that every stream has."""
     runs = [finished(cells) for cells in streams]
@@ -259,4 +288,4 @@ def per_seed(streams) -> dict[int, tuple[float, float]]:
 
 
 TABLES = {"choice": choice, "beside": beside, "drift": drift, "experts": experts}
-TABLES |= {"asr": asr_page.asr, "figures": figures}
+TABLES |= {"asr": asr_page.asr, "routers": router, "figures": figures}
