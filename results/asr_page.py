@@ -189,7 +189,10 @@ def figures(results: dict, folder: Path) -> None:
     forest(
         {t: rows for t, rows in groups.items() if t[0] in "abfg"}, folder / "asr-differences.png"
     )
-    plot.lines(rates(results), "learning rate", "", folder / "asr-rates.png", xscale="log")
+    panels = rates(results)
+    steps = panels["AP"]["ASR"][0]
+    axis = {"xscale": "log", "xticks": steps, "xticklabels": [f"{x:g}" for x in steps]}
+    plot.lines(panels, "learning rate", "", folder / "asr-rates.png", **axis)
     columns = {"AP (%)": lambda r: r["metrics"]["AP"], "AF (points)": lambda r: r["metrics"]["AF"]}
     columns["drift (millinats)"] = moved
     held = {
