@@ -112,11 +112,11 @@ VICUNA = (
 )
 REAL = {"lr": 2e-4, "warm_up": 0.03, "epochs": 1, "batch_size": 16, "accumulate": 1, "rank": 16}
 REAL |= {"alpha": 32.0, "dropout": 0.05, "targets": "q,v,projector", "max_new_tokens": 128}
-REAL |= {"system": VICUNA, "gamma": 0.05, "prototype_samples": 1000, "router_steps": 0}
+REAL |= {"system": VICUNA, "gamma": 0.05, "prototype_samples": 1000}
 REAL |= {"router_lr": 2e-4, "router_epochs": 30, "router_batch": 16, "blind_shots": False}
 TINY = REAL | {"lr": 1e-3, "warm_up": 0.1, "dropout": 0.0, "max_new_tokens": 16, "system": ""}
-TINY |= {"targets": "q,v,gate,up,down", "prototype_samples": 200, "router_steps": 60}
-TINY |= {"router_lr": 2e-3, "router_epochs": 10, "router_batch": 4, "blind_shots": True}
+TINY |= {"targets": "q,v,gate,up,down", "prototype_samples": 200}
+TINY |= {"router_lr": 4e-3, "router_epochs": 10, "router_batch": 16, "blind_shots": True}
 
 QUESTION_TYPES = {  # of VQA v2; counts from the tables of the VQACL and CL-MoE papers
     "recognition": Task("naming a thing in an everyday photo", published=(131478, 5628)),

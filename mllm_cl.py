@@ -60,11 +60,11 @@ def parse(argv=None):
     about += "frozen features; the task, known (default: mllm)"
     add("--router", choices=ways, default="mllm", help=about)
     add("--shots", type=data.count, default=20, help="samples kept of every task (default: 20)")
-    add("--router_lr", type=data.positive, help="peak rate (default: 2e-4; tiny model 2e-3)")
+    add("--router_lr", type=data.positive, help="peak rate (default: 2e-4; tiny model 4e-3)")
     add("--router_epochs", type=data.count, help="over kept samples (default: 30; tiny model 10)")
-    about = "go on from the last router, N steps; 0: anew, --router_epochs (default: 0; tiny 60)"
-    add("--router_steps", type=data.natural, metavar="N", help=about)
-    add("--router_batch", type=data.count, help="samples per step (default: 16; tiny model 4)")
+    about = "go on from the last router for N steps; 0: every router anew (default: 0) [11]"
+    add("--router_steps", type=data.natural, default=0, metavar="N", help=about)
+    add("--router_batch", type=data.count, help="samples per step (default: 16)")
     about = "a kept sample loses its image in every second pass (default: tiny model only)"
     add("--blind_shots", action=argparse.BooleanOptionalAction, help=about)
     about = "take the experts of this finished run, train only routers"

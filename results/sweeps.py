@@ -49,9 +49,7 @@ ALL = {
 CUT = ["vqacl", "clt-vqa", "coin", "ucit", "trigap"]
 
 RATES, SKILLS = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3"), ("stream", "parser", "shared")
-# As before they took less time: prototypes from all samples, every router anew.
-ASR = "asr.py --prototype_samples inf"
-MR = "mllm_cl.py --router_steps 0 --router_lr 4e-3 --router_epochs 10 --router_batch 16"
+ASR, MR = "asr.py --prototype_samples inf", "mllm_cl.py"
 SEQUENTIAL, JOINT = "baselines.py --method sequential", "baselines.py --method joint"
 REPLAY, ZERO_SHOT = "baselines.py --method replay", "baselines.py --method zeroshot"
 EWC = "baselines.py --method ewc --lr {shared}"
@@ -106,7 +104,9 @@ BESIDE = {"sequential": METHODS["sequential"], "mean": STARTS["mean"]}  # what s
 ROUTERS = vary("LDA,", "experts.py --features", ("both", "image", "question", "last"))
 ROUTERS["cosine, both"] = "experts.py --router cosine"
 UNTRAINED = "{cut} --untrained --start fresh --max_new_tokens 1"
-ROUTER = {"MR-LoRA, router goes on": "mllm_cl.py --lr {chosen}"}  # chosen on seed 5
+# N, rate and batch were chosen on seed 5
+ROUTER = f"{MR} --lr {{chosen}} --router_steps 60 --router_lr 2e-3 --router_batch 4"
+ROUTER = {"MR-LoRA, router goes on": ROUTER}
 ROUTER_SEARCH = vary("steps of", f"{MR} --lr {{chosen}} --router_batch", (16, 4))
 
 # without L_geo, for every kind of skills; then at ten times the paper's weight
@@ -220,7 +220,7 @@ SWEEPS = {
     "experts-start": Sweep([*CUT, "dcl", "acl"], range(3), STARTS, "{cut}"),
     "experts-more": Sweep([*CUT, "dcl", "acl"], range(3, 5), BESIDE, "{cut}"),
     "experts-router": Sweep([*CUT, "dcl", "acl"], range(2), ROUTERS, UNTRAINED),
-    "router": Sweep([*CUT, "dcl", "acl"], range(3), ROUTER, "{cut}"),
+    "router": Sweep(["vqacl", "clt-vqa", "coin", "dcl"], range(3), ROUTER, "{cut}"),
     "search-router": Sweep(["vqacl"], [5], ROUTER_SEARCH, "{cut}"),
     "search-baselines": Sweep(["vqacl", "dcl"], [5], BASELINE_SEARCH, "{cut}"),
     "vqacl-reversed": Sweep(["vqacl"], range(3), VQACL_ORDERS, "{cut} --order reverse"),

@@ -105,8 +105,7 @@ def choice(results: dict) -> str:
     """
     streams = {}  # stream -> {row: {seed: numbers}}
     for stream, rows in results["all"].items():
-        rows = results["all-baselines"][stream] | rows | results["router"][stream]
-        rows |= {OURS: ours(results)[stream]}
+        rows = results["all-baselines"][stream] | rows | {OURS: ours(results)[stream]}
         rows["joint"] = rows.pop("joint")  # last
         runs = {row: finished(cells) for row, cells in rows.items()}
         having = [set(cells) for cells in runs.values() if cells]
@@ -117,8 +116,6 @@ def choice(results: dict) -> str:
                 values["time"] = values["seconds"] / runs["sequential"][seed]["seconds"]
         for values in runs[OURS].values():  # another machine than that of the other rows
             values["time"] = time_of(results, stream)
-        for values in runs[GOES_ON].values():  # the same; see tests/speed.py
-            values["time"] = math.nan
         streams[stream] = runs
     names = ("AP", "MFT", "AF", "stored (1000)", "kept samples", "time")
     first, second = [["AP", *streams]], [["mean over streams", *names]]

@@ -58,6 +58,10 @@ WHOLE = {  # what -> (command, what it is compared with)
     "asr.py, vqacl, 3 epochs": ("asr.py --stream vqacl --epochs 3", "sequential, vqacl, 3 epochs"),
     "sequential, cut vqacl": ("baselines.py --stream vqacl CUT", ""),
     "mllm_cl.py, cut vqacl": ("mllm_cl.py --stream vqacl CUT", "sequential, cut vqacl"),
+    "mllm_cl.py --router_steps 60, cut vqacl": (
+        "mllm_cl.py --stream vqacl --router_steps 60 --router_lr 2e-3 --router_batch 4 CUT",
+        "sequential, cut vqacl",
+    ),
     "sequential, cut vqacl, 5 stages": ("baselines.py --stream vqacl CUT FIVE", ""),
     "mllm_cl.py, cut vqacl, 5 stages": (
         "mllm_cl.py --stream vqacl CUT FIVE",

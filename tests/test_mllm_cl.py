@@ -113,7 +113,7 @@ def test_the_router_learns_from_kept_training_samples_alone(flags):
     assert [s.answer for s in samples] == 2 * ([letters[0]] * 4 + [letters[1]] * 4)
     train = {s.image for stage in stream.stages[:2] for s in stage.train}
     assert {s.image for s in samples[:8]} <= train and {s.image for s in samples[8:]} == {None}
-    assert "charts" not in samples[0].question and lr == args.router_lr == 2e-3
+    assert "charts" not in samples[0].question and lr == args.router_lr == 4e-3
     assert {i for step in steps for batch in step for i in batch} == set(range(16))
     samples, steps, lr = mllm_cl.lessons("expert", 1, stream, team, args)
     assert samples == stream.stages[1].train and lr == args.lr and len(steps) == 6
