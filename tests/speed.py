@@ -7,6 +7,7 @@
 
     peft      a training step and answers, beside transformers + peft: same model, samples, LoRA
     steps     a step of asr.py, cram.py (six experts) and mllm_cl.py beside sequential LoRA
+    wide      the same with a decoder of width 512
     experts   a step and answers of cram.py and experts.py with 2, 8 and 64 experts
     input     a training step whose images are new and large, beside one whose images are known
     whole     whole runs of the scripts, beside sequential LoRA
@@ -185,29 +186,35 @@ class Peft:
 
 
 def beside_peft(options):
-    """Ours beside transformers + peft; the images of a turn are new to both."""
+    """Ours beside transformers + peft: images that are new, and those whose features are known, as
+    in every epoch but the first and in all tests but the first of a question."""
     args, llava, stream = setting(mllm_cl, options, "--targets", "q,v", "--max_new_tokens", "8")
     samples = stream.stages[0].train[: STEPS * BATCH]
     lora = llava.add_lora(args)
     usual = Peft(args, llava, samples, llava.device)
     train = training(llava, lora, samples, partial(mllm_cl.backward, llava))
 
-    def trained():
-        llava.features.rows.clear()
-        llava.features.room = 4e9
-        train()
-
-    def answered():
-        llava.features.rows.clear()
+    def answer():
         llava.model.eval()
         for k in range(0, len(samples), BATCH):
             llava.answer(samples[k : k + BATCH])
 
-    for turns in (
-        {"transformers + peft, step": usual.train, "ours, step": trained},
-        {"transformers + peft, answers": usual.answer, "ours, answers": answered},
-    ):
+    for name, theirs, ours in ("step", usual.train, train), ("answers", usual.answer, answer):
+        turns = {f"transformers + peft, {name}": theirs}
+        turns |= {f"ours, {name}, new images": forgetting(llava, ours)}
+        turns |= {f"ours, {name}, known images": ours}
         yield from rows_of("peft", in_turns(turns, llava.device, options.rounds))
+
+
+def forgetting(llava, turn):
+    """The same turn, but no image is known."""
+
+    def anew():
+        llava.features.rows.clear()
+        llava.features.room = 4e9
+        turn()
+
+    return anew
 
 
 def cram_experts(llava, args, number):
@@ -229,29 +236,29 @@ def cram_experts(llava, args, number):
     )
 
 
-def steps(options):
+def steps(options, width=0):
     """One script's step beside sequential LoRA's with the same layers and rank, images known."""
-    for model, name in ((TINY, "tiny"), (wider(512, options.out), "width 512")):
-        chosen = argparse.Namespace(**vars(options) | {"model": model})
-        args, llava, stream = setting(asr, chosen, "--targets", "q,v,projector", "--gamma", "0.05")
-        stage, words = stream.stages[0], "q,v,projector"
-        samples = stage.train[: STEPS * BATCH]
-        few = data.Stage(stage.name, samples, [], "")
-        skills = asr.skill_names(args, data.Stream("", [few], None))
-        method = baselines.Sequential(args, llava, stream)
-        lora = method.lora
-        pi = asr.known_skills(samples, skills, True).to(llava.device)
-        memory = asr.remember({}, llava, few, pi, args)
-        reference = asr.reference_embeddings(llava, samples, args)
-        rest = dict(beta=args.beta, pi=pi, memory=memory, reference=reference)
-        turns = {
-            "sequential": partial(baselines.backward, method, 0),
-            "mllm_cl.py": partial(mllm_cl.backward, llava),
-            "asr.py": partial(asr.backward, llava, args=args, **rest),
-        }
-        turns = {k: training(llava, lora, samples, back) for k, back in turns.items()}
-        yield from rows_of(f"step, {name}, {words}", in_turns(turns, llava.device, options.rounds))
-        yield from cram_steps(chosen, name, (6,))
+    model, name = (wider(width, options.out), f"width {width}") if width else (TINY, "tiny")
+    chosen = argparse.Namespace(**vars(options) | {"model": model})
+    args, llava, stream = setting(asr, chosen, "--targets", "q,v,projector", "--gamma", "0.05")
+    stage, words = stream.stages[0], "q,v,projector"
+    samples = stage.train[: STEPS * BATCH]
+    few = data.Stage(stage.name, samples, [], "")
+    skills = asr.skill_names(args, data.Stream("", [few], None))
+    method = baselines.Sequential(args, llava, stream)
+    lora = method.lora
+    pi = asr.known_skills(samples, skills, True).to(llava.device)
+    memory = asr.remember({}, llava, few, pi, args)
+    reference = asr.reference_embeddings(llava, samples, args)
+    rest = dict(beta=args.beta, pi=pi, memory=memory, reference=reference)
+    turns = {
+        "sequential": partial(baselines.backward, method, 0),
+        "mllm_cl.py": partial(mllm_cl.backward, llava),
+        "asr.py": partial(asr.backward, llava, args=args, **rest),
+    }
+    turns = {k: training(llava, lora, samples, back) for k, back in turns.items()}
+    yield from rows_of(f"step, {name}, {words}", in_turns(turns, llava.device, options.rounds))
+    yield from cram_steps(chosen, name, (6,))
 
 
 def cram_steps(options, name, numbers):
@@ -328,16 +335,14 @@ def new_images(options):
     train = training(llava, llava.add_lora(args), samples, partial(mllm_cl.backward, llava))
     pool = llava.features.pool
 
-    def turn(new, decoders):
+    def turn(run, decoders):
         llava.features.pool = decoders
-        if new:
-            llava.features.rows.clear()
-            llava.features.room = 4e9
-        train()
+        run()
 
-    turns = {"images known": partial(turn, False, pool), "images new": partial(turn, True, pool)}
+    new = forgetting(llava, train)
+    turns = {"images known": partial(turn, train, pool), "images new": partial(turn, new, pool)}
     if pool:
-        turns["images new, no threads"] = partial(turn, True, None)
+        turns["images new, no threads"] = partial(turn, new, None)
     yield from rows_of("input", in_turns(turns, llava.device, options.rounds))
 
 
@@ -381,8 +386,8 @@ def million(options):
     yield row | {"ratio": 1.0, "resident_gb": resident, "peak_gb": peak}
 
 
-PARTS = {"peft": beside_peft, "steps": steps, "experts": experts, "input": new_images}
-PARTS |= {"whole": whole, "records": million}
+PARTS = {"peft": beside_peft, "steps": steps, "wide": partial(steps, width=512)}
+PARTS |= {"experts": experts, "input": new_images, "whole": whole, "records": million}
 
 
 def table(records):
