@@ -70,7 +70,7 @@ def parse(argv=None):
     add("--prototypes", choices=["gaussian", "mean", "task", "global"], default="gaussian")
     add("--spectrum", choices=["full", "raw", "radial", "angular"], default="full")
     add("--layers", type=data.count, default=4, help="last layers that are captured (default: 4)")
-    add("--prototype_samples", type=data.endless, help="of a stage, or inf (1000; tiny model 200)")
+    add("--prototype_samples", type=data.most, help="of a stage, or inf (1000; tiny model 200)")
     data.published_flag(add, PUBLISHED)
     args = parser.parse_args(argv)
     if 16 in args.published and args.warm_up is None:

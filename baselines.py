@@ -7,8 +7,7 @@ class per method, which overrides what it changes of sequential LoRA.
     sequential  one LoRA adapter trained on stage after stage: what a method must beat; the same
                 run as `asr.py --beta 0 --gamma 0`, bit for bit
     joint       one LoRA adapter trained on all stages at once: usually the ceiling, not continual
-    replay      sequential, with --buffer samples of every earlier stage mixed in; --buffer adds
-                them to any other method as well that learns stage after stage
+    replay      sequential with --buffer samples of every earlier stage; any method takes --buffer
     ewc         sequential, with weights held where earlier stages need them: their Fisher
                 information says which ones (Kirkpatrick et al. 2017, arXiv 1612.00796)
     lwf         sequential, with the distributions over words kept near those before the stage, on
@@ -56,7 +55,7 @@ from data import Stage
 from eval import SAVE_EVERY, Run, accuracy, evaluate, write_predictions
 from features import question_and_image
 from files import InputError, input_errors, predictions_file, progress, read_json
-from model import LLaVA, LoRALinear, seed_by, to_device, write_tensors
+from model import LLaVA, LoRALinear, gather, seed_by, to_device, write_tensors
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
 
@@ -89,8 +88,7 @@ def parse(argv=None):
     add("--lwf_lambda", type=data.weight, help="weight of distillation (default: 0.25; tiny 1)")
     add("--olora_lambda", type=data.weight, help="weight of |A_i A_t^T| (default: 0.5; tiny 0.05)")
     add("--reglora_lambda", type=data.weight, help="weight of |B A| where it is kept (2500)")
-    about = "of moelora, clmoe, smolora: they share the rank (default: 8)"
-    add("--experts", type=data.count, help=about)
+    add("--experts", type=data.count, help="of moelora, clmoe, smolora; share the rank (8)")
     add("--hide_temperature", type=data.positive, help="last layer (default: 0.1; tiny 0.03)")
     add("--hide_sum", type=data.endless, help="n LoRAs count min(1, W / n) (default: inf; tiny 2)")
     add("--blind", action="store_true", help="also test with black images")
@@ -106,9 +104,10 @@ def parse(argv=None):
         if not given and (own or name != "buffer"):
             setattr(args, name, values[tiny])
     args = data.resolve_defaults(args)
-    odd = args.method == "smolora" and args.experts % 2  # it has two halves
-    if args.method in OWN_FLAGS["experts"][0].split() and (args.rank % args.experts or odd):
+    if args.method in OWN_FLAGS["experts"][0].split() and args.rank % args.experts:
         raise InputError(f"cannot divide --rank {args.rank} by --experts {args.experts}")
+    if args.method in ("clmoe", "smolora") and args.experts % 2:  # they have two halves
+        raise InputError(f"--experts {args.experts}: {args.method} needs an even number")
     if args.blind and args.method in ("hide", "disco", "smolora"):
         raise InputError(f"--blind: {args.method} chooses by the sample; use another --method")
     return args
@@ -134,11 +133,8 @@ class Sequential:
         return [(t, self.mixed(t, stage)) for t, stage in enumerate(self.stages)]
 
     def mixed(self, t, stage):
-        """The stage with args.buffer samples of each earlier one (all, if it has fewer).
-
-        They are drawn uniformly, the same ones whatever comes later. In vqacl they are dealt out to
-        the object groups, which are visited one after the other.
-        """
+        """The stage with args.buffer samples of each earlier one (all, if it has fewer), the same
+        ones whatever comes later; in vqacl dealt out to the object groups, which come in turn."""
         kept = []
         for old in self.stages[:t] if self.args.buffer else ():
             rng = random.Random(f"replay/{self.args.seed}/{old.name}")
@@ -177,7 +173,7 @@ class Sequential:
 
     def stored(self):
         """How many numbers are kept after the last stage."""
-        return sum(p.numel() for p in self.lora)
+        return sum(x.numel() for x in self.llava.lora_state().values())
 
     def save(self, folder):
         self.llava.save_lora(folder)
@@ -312,6 +308,9 @@ class StackedLoRALinear(LoRALinear):
             return y
         alone = self.alone and self.training
         A, B = (self.A, self.B) if alone else self.all_pairs()
+        if self.training and self.dropout and not alone:  # frozen ones see all of x
+            y = y + linear(linear(x, self.old_A.to(x.dtype)) * self.scale, self.old_B.to(x.dtype))
+            A, B = self.A, self.B
         h = linear(dropout(x, self.dropout, self.training), A.to(x.dtype)) * self.scale
         if self.weights is not None and not self.training:  # h [B, S, n r]
             h = h * self.weights.repeat_interleave(len(self.A), 1)[:, None].to(x.dtype)
@@ -423,10 +422,17 @@ class Disco(HiDe):
     """Tests: y = W x + s sum_i w_i B_i A_i x, w = softmax_i(cos(question, mean question of stage i)
     / DISCO_TEMPERATURE) in every layer [8]."""
 
+    def words(self, samples):
+        center = self.llava.model.get_input_embeddings().weight.mean(0, dtype=torch.float32)
+        return self.llava.text_means([sample.question for sample in samples]) - center
+
+    def after(self, t, stage):
+        self.anchors.append(self.words(stage.train).mean(0))
+
     def answer(self, samples):
-        batch = self.llava.batch(samples, train=False)
-        words, images = self.features_of(batch)
-        weights = self.likeness(words, images * 0).div(DISCO_TEMPERATURE).softmax(1)  # [B, n]
+        batch, means = self.llava.batch(samples, train=False), torch.stack(self.anchors)
+        alike = cosine_similarity(self.words(samples)[:, None], means[None], -1)  # [B, n]
+        weights = alike.div(DISCO_TEMPERATURE).softmax(1)
         pictured = [sample.image is not None for sample in samples]
         for path, layer in self.llava.layers.items():
             layer.weights = weights[pictured] if "projector" in path else weights
@@ -441,13 +447,12 @@ class RegLoRA(OLoRA):
 
     def __init__(self, args, llava, stream):
         super().__init__(args, llava, stream)
-        self.kept = [torch.zeros(0, dtype=torch.long, device=llava.device) for _ in self.layers]
+        self.kept = [torch.zeros(0, dtype=torch.int, device=llava.device) for _ in self.layers]
 
     def penalties(self, t):
         if not t:
             return {}
-        # run again in backward: at 7B the products of all layers would take 30 GB
-        again = partial(checkpoint, self.change, use_reentrant=False)
+        again = partial(checkpoint, self.change, use_reentrant=False)  # at 7B B A take 30 GB
         changes = [again(layer, kept) for layer, kept in zip(self.layers, self.kept)]
         return {"reglora": self.args.reglora_lambda * torch.stack(changes).mean()}
 
@@ -460,7 +465,7 @@ class RegLoRA(OLoRA):
         for k, layer in enumerate(self.layers):
             size = (layer.B @ layer.A).flatten().abs()
             largest = size.topk(max(1, int(KEPT_SHARE * len(size)))).indices
-            self.kept[k] = torch.cat([self.kept[k], largest])
+            self.kept[k] = torch.cat([self.kept[k], largest.int()])
 
     def stored(self):
         return super().stored() + sum(map(len, self.kept))
@@ -519,7 +524,7 @@ class CLMoE(MoELoRA):
 
     @torch.no_grad()
     def after(self, t, stage):
-        most = self.used.topk(len(self.top) // 2).indices
+        most = sum(gather(self.used.cpu())).topk(len(self.top) // 2).indices.to(self.top.device)
         top = torch.zeros_like(self.top).index_fill(0, most, True)
         share = torch.where(self.top & ~top, OLD_SHARE_UNUSED, OLD_SHARE)  # [E]
         share, self.top = share.repeat_interleave(self.args.rank // len(top)), top
@@ -535,20 +540,16 @@ class SMoLoRALinear(torch.nn.Module):
     half, picked for the instruction; [a, b] = softmax([u_v . y_v, u_i . y_i]) token by token [11].
 
     routing: for all layers, of the batch: "mask" [B, S] of real tokens, "pictured" [B], "words"
-    [B, width]. The gates are drawn and stay as they are: nothing in the method gives a gradient.
-    """
+    [B, width]. The gates V and I stay as drawn: nothing in the method gives them a gradient."""
 
-    def __init__(self, base, rank, alpha, dropout, experts, width, routing):
+    def __init__(self, base, rank, alpha, dropout, experts, routing):
         super().__init__()
         self.base, self.dropout, self.scale, self.routing = base, dropout, alpha / rank, routing
-        fresh, device, half = (
-            LoRALinear(base, rank, alpha, dropout),
-            base.weight.device,
-            experts // 2,
-        )
+        fresh, device = LoRALinear(base, rank, alpha, dropout), base.weight.device
         self.A, self.B = fresh.A, fresh.B
         self.u = torch.nn.Parameter(torch.zeros(2, base.out_features, device=device))
-        self.gates = [torch.randn(half, n).to(device) for n in (base.in_features, width)]
+        gates = [torch.randn(experts // 2, n) for n in (base.in_features, routing["width"])]
+        self.V, self.I = (torch.nn.Parameter(G.to(device), requires_grad=False) for G in gates)
         self.chosen = None
 
     def forward(self, x):
@@ -557,15 +558,14 @@ class SMoLoRALinear(torch.nn.Module):
             mask, words = torch.ones_like(x[..., 0]), words[self.routing["pictured"]]
         if x.shape[1] > 1:  # a token that is being written keeps the experts of its prompt
             total = torch.einsum("bs,bsd->bd", mask.to(x.dtype), x.detach())
-            kinds = zip((total.float() / mask.sum(1, keepdim=True), words), self.gates)
-            self.chosen = torch.stack([(about @ gate.T).argmax(1) for about, gate in kinds])
-        half, each = len(self.gates[0]), len(self.A) // (2 * len(self.gates[0]))
-        picked = torch.eye(half, device=x.device)[self.chosen].repeat_interleave(
-            each, 2
-        )  # [2, B, r/2]
+            mean = total.float() / mask.sum(1, keepdim=True)
+            self.chosen = torch.stack([(mean @ self.V.T).argmax(1), (words @ self.I.T).argmax(1)])
+        half, each = len(self.V), len(self.A) // (2 * len(self.V))
+        picked = torch.eye(half, device=x.device)[self.chosen]  # [2, B, E / 2]
+        picked = picked.repeat_interleave(each, 2)[:, :, None].to(x.dtype)
         A, B, u = (p.to(x.dtype) for p in (self.A, self.B, self.u))
         h = linear(dropout(x, self.dropout, self.training), A) * self.scale  # [B, S, r]
-        h = torch.stack(h.chunk(2, -1)) * picked[:, :, None].to(x.dtype)  # [2, B, S, r/2]
+        h = torch.stack(h.chunk(2, -1)) * picked  # [2, B, S, r / 2]
         both = torch.stack([linear(part, rows) for part, rows in zip(h, B.chunk(2, 1))])
         share = torch.einsum("kbso,ko->kbs", both, u).softmax(0)
         return self.base(x) + (share[..., None] * both).sum(0)
@@ -573,8 +573,8 @@ class SMoLoRALinear(torch.nn.Module):
 
 class SMoLoRA(MoELoRA):
     def add_lora(self):
-        self.routing, width = {}, self.llava.model.config.text_config.hidden_size
-        options = {"experts": self.args.experts, "width": width, "routing": self.routing}
+        self.routing = {"width": self.llava.model.config.text_config.hidden_size}
+        options = {"experts": self.args.experts, "routing": self.routing}
         return self.llava.add_lora(self.args, SMoLoRALinear, **options)
 
     def route(self, batch):
@@ -683,7 +683,7 @@ def main(args, kind=None):
 
         # A last look at the stage's data, then test on all stages seen so far.
         llava.eval()
-        method.after(t, stage)
+        method.after(t, method.stages[t])
         run.test(t, method.answer)
         run.save((p + 1, 0), **method.state())
 

@@ -5,8 +5,7 @@
     python data.py --stream FOLDER              check a stream of your own
 
 A stream is a sequence of stages, each with training and test samples, learned one after the other.
-benchmarks.py says which streams there are, how their files lie on disk and how they are read;
-tokens.py turns their samples into tokens.
+benchmarks.py says which streams there are and how to read them; tokens.py makes tokens of them.
 """
 
 import argparse
@@ -395,6 +394,7 @@ def number(kind: type, rule: str, holds: Callable) -> Callable:
 
 positive = number(float, "a finite number above zero", lambda x: 0 < x < math.inf)
 endless = number(float, "a number above zero, or inf", lambda x: x > 0)
+most = number(float, "a whole number from 1, or inf", lambda x: x >= 1 and x in (x // 1, math.inf))
 count = number(int, "a whole number from 1 to 1000000", lambda x: 1 <= x <= 10**6)
 few = number(int, "a whole number from 1 to 1024", lambda x: 1 <= x <= 1024)
 natural = number(int, "a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)

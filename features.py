@@ -37,8 +37,8 @@ class FeatureCache:
     step of LLaVA-1.5-7B). Epochs visit the images in a cycle: throwing out the oldest would throw
     out each one shortly before its turn.
 
-    Beside a GPU the images of the next batch are decoded in threads: Pillow and NumPy leave Python
-    to others while they work. On a CPU the main thread decodes, as there is nothing to wait for.
+    Beside a GPU threads decode, in training and in looks one batch ahead: Pillow and NumPy leave
+    Python to others while they work. On a CPU the main thread does, as nothing is to be won.
     """
 
     def __init__(self, model, processor):

@@ -11,8 +11,6 @@ they are read from the config, and the tests run the same code on SigLIP + Qwen2
     2. LoRA               LoRALinear, target_paths, read_lora
     3. Loading, torchrun  load_llava, start_process, gather, share_out
 
-attention.py is the window into its attention that asr.py looks through.
-
 Letters in shapes: B batch, S sequence, P image tokens, C width of the tower, N answer tokens,
 V vocabulary.
 """
@@ -47,7 +45,6 @@ from tokens import Collator
 # ---- 1. LLaVA ------------------------------------------------------------------------------------
 
 
-CUT = ("_ids", "_mask", "labels")  # tensors [B, S] of a batch; see `over`
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": None}
 GREEDY |= {"temperature": None, "top_p": None, "top_k": None}
 
@@ -136,8 +133,10 @@ class LLaVA:
 
         def look_at(start):
             batch = self.batch(samples[start : start + size], train=True)
-            end = int((batch["image_mask"] | batch["question_mask"]).any(0).nonzero().max()) + 1
-            batch |= {name: x[:, :end] for name, x in batch.items() if name.endswith(CUT)}
+            seen = (batch["image_mask"] | batch["question_mask"]).any(0).nonzero()
+            end = int(seen.max()) + 1 if len(seen) else None
+            flat = [k for k, x in batch.items() if torch.is_tensor(x) and x.dim() == 2]
+            batch |= {name: batch[name][:, :end] for name in flat}
             coming = start + size * processes()[1]
             self.features.fetch(sample.image for sample in samples[coming : coming + size])
             return [x.cpu() for x in look(batch)]

@@ -32,6 +32,8 @@ def details(record: dict) -> dict[str, float | None]:
     energy = [share for share in record.get("energy", []) if share is not None]
     kept = dict.fromkeys(KEEP_NOTHING, 0) | {"replay": args.get("buffer")}  # by method, or script
     kept = kept.get(args.get("method", record["script"]), math.nan)
+    if "--buffer " in record.get("command", ""):  # any baseline
+        kept = args["buffer"]
     if record["script"] == "mllm_cl" and args["router"] != "oracle":
         kept = args["shots"]
     return {

@@ -8,7 +8,7 @@
     peft      a training step and answers, beside transformers + peft: same model, samples, LoRA
     steps     a step of asr.py, cram.py (six experts) and mllm_cl.py beside sequential LoRA
     wide      the same with a decoder of width 512
-    experts   a step and answers of cram.py and experts.py with 2, 8 and 64 experts
+    experts   a step of cram.py and answers of experts.py with 2, 8 and 64 experts
     input     a training step whose images are new and large, beside one whose images are known
     whole     whole runs of the scripts, beside sequential LoRA
     records   a stream of a million records: seconds and memory until it is loaded

@@ -141,7 +141,17 @@ def test_a_run_leaves_its_record_and_figures(name, runs):
     assert {path.name for path in (run / "predictions").iterdir()} == cells
     assert evaluation.rescore(run) == []
     assert (record["trainable_parameters"] == 0) == (name == "zeroshot")
-    grows = name in ("asr", "mllm_cl", "experts", "ewc", "olora", "hide", "disco", "reglora")
+    grows = name in (
+        "asr",
+        "mllm_cl",
+        "experts",
+        "ewc",
+        "olora",
+        "hide",
+        "disco",
+        "reglora",
+        "smolora",
+    )
     assert (np.max(record["stored_parameters"]) > np.max(record["trainable_parameters"])) == grows
     assert record["script"] == script_of(name)[0] and record["seconds"] > 0
     figures = {path.name for path in run.glob("figures/*") if path.stat().st_size > 5000}
@@ -212,7 +222,7 @@ def test_several_processes_are_one(number, small, tmp_path, capfd):
         f"--dropout 0 --epochs 2 --batch_size {2 * number} --accumulate {number} --order one,two"
     )
     flags = [*small, *flags.split(), "--limit", str(3 * number)]
-    names = ["asr", "mllm_cl", "experts", "ewc"] if number == 2 else ["asr", "ewc"]
+    names = ["asr", "mllm_cl", "experts", "ewc", "clmoe"] if number == 2 else ["asr", "ewc"]
     run_several(names, flags, tmp_path / "one")
     assert capfd.readouterr().out.count("everything is in") == len(names)
     options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0}
