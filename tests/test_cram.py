@@ -182,7 +182,7 @@ def test_the_penalty_is_the_formula_and_pulls_at_the_new_pair_alone(tiny, sample
         layer.old_outputs = cram.basis(layer.B)
         layer.register_forward_pre_hook(lambda layer, x: inputs.update({layer: x[0].detach()}))
     samples = [replace(samples[0], image=None), *samples[1:3]]
-    (batch,) = tiny.micro_batches(samples, [[2, 1, 0]])
+    (batch,) = tiny.micro_batches(samples, [[[2, 1, 0]]], 0)
     pi, gamma = torch.full((3, 3), 1 / 3), torch.tensor([0.5, 0.2, 0.7])
     forward = tiny.forward  # without L_task every gradient is the penalty's
     monkeypatch.setattr(tiny, "forward", lambda b: SimpleNamespace(loss=0 * forward(b).loss))

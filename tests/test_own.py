@@ -50,6 +50,6 @@ def folder(tmp_path):
 
 def test_new_pictures_are_learned_and_forgotten(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("own") / "run"
-    run_here("baselines", ["--stream", str(folder), "--threads", "1"], out)
+    run_here("baselines", ["--stream", str(folder), "--threads", "2"], out)
     metrics = read_run(out)["metrics"]
     assert metrics["MFT"] > 60 and metrics["AF"] > 20, metrics
