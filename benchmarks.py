@@ -116,7 +116,7 @@ REAL |= {"system": VICUNA, "gamma": 0.05, "prototype_samples": 1000}
 REAL |= {"router_lr": 2e-4, "router_epochs": 30, "router_batch": 16, "blind_shots": False}
 TINY = REAL | {"lr": 1e-3, "warm_up": 0.1, "dropout": 0.0, "max_new_tokens": 16, "system": ""}
 TINY |= {"targets": "q,v,gate,up,down", "prototype_samples": 200}
-TINY |= {"router_lr": 4e-3, "router_epochs": 10, "router_batch": 16, "blind_shots": True}
+TINY |= {"router_lr": 4e-3, "router_epochs": 5, "router_batch": 4, "blind_shots": True}
 
 QUESTION_TYPES = {  # of VQA v2; counts from the tables of the VQACL and CL-MoE papers
     "recognition": Task("naming a thing in an everyday photo", published=(131478, 5628)),

@@ -61,10 +61,10 @@ def parse(argv=None):
     add("--router", choices=ways, default="mllm", help=about)
     add("--shots", type=data.count, default=20, help="samples kept of every task (default: 20)")
     add("--router_lr", type=data.positive, help="peak rate (default: 2e-4; tiny model 4e-3)")
-    add("--router_epochs", type=data.count, help="of a new router (default: 30; tiny model 10)")
+    add("--router_epochs", type=data.count, help="of a new router (default: 30; tiny model 5)")
     about = "go on from the last router for N steps; 0: every router anew (default: 0) [11]"
     add("--router_steps", type=data.natural, default=0, metavar="N", help=about)
-    add("--router_batch", type=data.count, help="samples per step (default: 16)")
+    add("--router_batch", type=data.count, help="samples per step (default: 16; tiny model 4)")
     about = "a kept sample loses its image in every second pass (default: tiny model only)"
     add("--blind_shots", action=argparse.BooleanOptionalAction, help=about)
     about = "take the experts of this finished run, train only routers"

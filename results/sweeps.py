@@ -49,7 +49,9 @@ ALL = {
 CUT = ["vqacl", "clt-vqa", "coin", "ucit", "trigap"]
 
 RATES, SKILLS = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3"), ("stream", "parser", "shared")
-ASR, MR = "asr.py --prototype_samples inf", "mllm_cl.py"
+# As before they took less time: prototypes from all samples, longer lessons of the router.
+ASR = "asr.py --prototype_samples inf"
+MR = "mllm_cl.py --router_epochs 10 --router_batch 16"
 SEQUENTIAL, JOINT = "baselines.py --method sequential", "baselines.py --method joint"
 REPLAY, ZERO_SHOT = "baselines.py --method replay", "baselines.py --method zeroshot"
 EWC = "baselines.py --method ewc --lr {shared}"
@@ -107,6 +109,8 @@ UNTRAINED = "{cut} --untrained --start fresh --max_new_tokens 1"
 # N, rate and batch were chosen on seed 5
 ROUTER = f"{MR} --lr {{chosen}} --router_steps 60 --router_lr 2e-3 --router_batch 4"
 ROUTER = {"MR-LoRA, router goes on": ROUTER}
+PASSES = {"10 passes, batches of 16": MR}
+PASSES["5 passes, batches of 4"] = "mllm_cl.py --router_epochs 5 --router_batch 4"
 ROUTER_SEARCH = vary("steps of", f"{MR} --lr {{chosen}} --router_batch", (16, 4))
 
 # without L_geo, for every kind of skills; then at ten times the paper's weight
@@ -221,6 +225,7 @@ SWEEPS = {
     "experts-more": Sweep([*CUT, "dcl", "acl"], range(3, 5), BESIDE, "{cut}"),
     "experts-router": Sweep([*CUT, "dcl", "acl"], range(2), ROUTERS, UNTRAINED),
     "router": Sweep(["vqacl", "clt-vqa", "coin", "dcl"], range(3), ROUTER, "{cut}"),
+    "search-passes": Sweep(["dcl", "acl"], [5], PASSES),
     "search-router": Sweep(["vqacl"], [5], ROUTER_SEARCH, "{cut}"),
     "search-baselines": Sweep(["vqacl", "dcl"], [5], BASELINE_SEARCH, "{cut}"),
     "vqacl-reversed": Sweep(["vqacl"], range(3), VQACL_ORDERS, "{cut} --order reverse"),
