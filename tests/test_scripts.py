@@ -51,7 +51,7 @@ FLAGS = {
 }
 METHODS = list(baselines.METHODS)
 # What a method keeps from stage to stage must survive a kill, and be equal in all processes.
-WITH_STATE = "asr cram mllm_cl experts ewc lwf hide reglora clmoe smolora".split()
+WITH_STATE = "asr cram mllm_cl experts ewc lwf olora hide reglora clmoe smolora".split()
 STEPS = {"replay": 4 + 5 + 6, "zeroshot": 0, "mllm_cl": 3 * 4 + 6 + 2}  # the others: 3 * 4
 
 
