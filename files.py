@@ -16,6 +16,7 @@ import fcntl
 import json
 import math
 import os
+import platform
 import re
 import resource
 import subprocess
@@ -285,9 +286,20 @@ def peak_memory():
 
 
 def versions():
-    """Of Python and the packages that numbers depend on."""
+    """What numbers depend on to the last digit: Python, packages and the processor."""
     packages = ("torch", "transformers", "numpy", "pillow")
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+    facts = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+    return facts | {"cpu": cpu()}
+
+
+def cpu():
+    """Name, family and model of the processor, and the instructions that torch uses on it."""
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):  # Linux
+        pairs = re.findall(r"(?m)^([\w ]+?)\s*: (.*)$", Path("/proc/cpuinfo").read_text())
+        facts = dict(reversed(pairs))  # of the first core
+        name = " ".join(facts.get(key, "") for key in ("model name", "cpu family", "model"))
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def git_commit():

@@ -36,8 +36,8 @@ from files import InputError, input_errors, read_json, write_text  # noqa: E402
 LOCK = threading.Lock()  # two cells may finish at the same time
 # what a record keeps of summary.json, where a run has it
 KEYS = """stream seed script command commit args stages scorers matrix metrics seconds
-    seconds_by_part threads peak_memory_mb trainable_parameters stored_parameters drift cost
-    routing_accuracy groups energy per_rank old_experts_weight blind novel captions""".split()
+    seconds_by_part threads versions peak_memory_mb trainable_parameters stored_parameters cost
+    drift routing_accuracy groups energy per_rank old_experts_weight blind novel captions""".split()
 
 
 def line_of(row: str, record: dict) -> dict:

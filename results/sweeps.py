@@ -60,6 +60,10 @@ OLORA = "baselines.py --method olora --lr {shared} --olora_lambda"
 # MoELoRA's eight gates begin even, so its first updates would be an eighth of a plain LoRA's.
 MOELORA = "baselines.py --method moelora --lr {shared} --alpha"
 HIDE = "baselines.py --method hide --lr {chosen} --hide_temperature"
+DISCO = "baselines.py --method disco --lr"
+REGLORA = "baselines.py --method reglora --lr {shared} --reglora_lambda"
+CLMOE = "baselines.py --method clmoe --lr {shared} --alpha"
+SMOLORA = "baselines.py --method smolora --lr {shared} --alpha"
 LIKE_CRAM = "--targets q,k,v,o --rank 9 --alpha 18"  # layers and rank of CRAM's experts
 ORACLE = "one LoRA per task, task known"
 
@@ -90,6 +94,10 @@ BASELINE_SEARCH = (
     | vary("MoELoRA, alpha", MOELORA, (32, 256))
     | vary("HiDe, T 0.03, W", f"{HIDE} 0.03 --hide_sum", (1, 2, 4, "inf"))
     | vary("HiDe, T 0.1, W", f"{HIDE} 0.1 --hide_sum", (2, "inf"))
+    | vary("DISCO, lr", DISCO, ("{shared}", "{chosen}"))
+    | vary("RegLoRA, lambda", REGLORA, (25, 250, 2500))
+    | vary("CL-MoE, alpha", CLMOE, (32, 256))
+    | vary("SMoLoRA, alpha", SMOLORA, (32, 256))
 )
 RATE_SEARCH = (
     vary("sequential, lr", f"{SEQUENTIAL} --lr", RATES[1:])

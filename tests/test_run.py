@@ -61,7 +61,7 @@ def test_a_finished_run_is_its_record(tmp_path, monkeypatch, capsys):
     assert record["stages"] == ["color", "count"] and record["scorers"] == ["exact", "exact"]
     assert record["command"] == "python asr.py --stream 'my stream'" and record["script"] == "asr"
     assert record["drift"] == 0.5 and record["skills"] == ["x", 3, None] and record["seed"] == 0
-    assert {"python", "torch", "transformers", "numpy"} <= record["versions"].keys()
+    assert {"python", "torch", "transformers", "numpy", "cpu"} <= record["versions"].keys()
     assert record["seconds"] == pytest.approx(sum(record["seconds_by_part"].values()))
     assert {"train", "evaluation"} <= record["seconds_by_part"].keys() and record["threads"] >= 1
     assert record["args"]["tau"] == "inf" and record["args"]["targets"] == ["q", "v"]
