@@ -3,7 +3,9 @@
     python results/run.py NAME            run the missing cells of sweep NAME, then print its tables
     python results/run.py NAME --table    its tables only (Markdown)
     python results/run.py NAME --list     its commands, one per line
-    python results/run.py choice          or beside, drift, experts, asr: other tables; or figures
+    python results/run.py choice          or best, beside, drift, experts, asr, routers: more tables
+    python results/run.py figures         the pictures of README and docs that come from records
+    python results/run.py --again N       run N random cells anew: how far from their records?
     python results/run.py --script FILE   a script of yours beside sequential LoRA, in runs/own
 
 A sweep (sweeps.py) combines rows, which are a label and a command, with streams and seeds. Each
@@ -16,8 +18,10 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -80,9 +84,9 @@ def add(name: str, cell: tuple, folder: Path) -> None:
         write_text(SWEEPS[name].records / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
-def run_cell(name: str, cell: tuple, command: str) -> str:
-    """Run a cell and add its record; returns "" or what went wrong. The scripts resume a killed
-    run, end immediately if it is finished and refuse one with other settings."""
+def start(command: str) -> str:
+    """Run a command, whose last word is the run folder; returns "" or what went wrong. The scripts
+    resume a killed run, end immediately if it is finished and refuse one with other settings."""
     words = shlex.split(command)
     folder = Path(words[-1])
     if (folder / "args.json").exists():
@@ -91,11 +95,18 @@ def run_cell(name: str, cell: tuple, command: str) -> str:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # a script may lie anywhere
     with open(f"{folder}.log", "a") as log:
         code = subprocess.call([sys.executable, *words], stdout=log, stderr=log, env=env)
-    if code:
-        last = Path(f"{folder}.log").read_text(errors="replace").strip().splitlines()[-1:]
-        print("failed:", *cell, *last, flush=True)
-        return f"python {command}\n  ended with exit code {code}, see {folder}.log"
-    add(name, cell, folder)
+    if not code:
+        return ""
+    last = Path(f"{folder}.log").read_text(errors="replace").strip().splitlines()[-1:]
+    print("failed:", *last, flush=True)
+    return f"python {command}\n  ended with exit code {code}, see {folder}.log"
+
+
+def run_cell(name: str, cell: tuple, command: str) -> str:
+    """Run a cell and add its record; returns "" or what went wrong."""
+    if wrong := start(command):
+        return wrong
+    add(name, cell, Path(shlex.split(command)[-1]))
     print("done:", *cell, flush=True)
     return ""
 
@@ -113,6 +124,27 @@ def run_sweep(name: str) -> None:
             failed += pool.map(lambda cell: run_cell(name, cell, commands[cell]), batch)
     if any(failed):
         raise InputError("\n".join(filter(None, failed)))
+
+
+def again(n: int) -> None:
+    """Run n randomly chosen cells of all sweeps anew, two at a time, and print how far they are
+    from their records. Cells that take the experts of another run are left out."""
+    commands = {(name, *cell): line for name in SWEEPS for cell, line in cells(name).items()}
+    done = {(name, *cell): record for name in SWEEPS for cell, record in read(name).items()}
+    known = [key for key in done if "--experts " not in commands[key]]
+    chosen, home, lines = random.sample(known, min(n, len(known))), Path("runs/again"), {}
+    for key in chosen:
+        *words, folder = shlex.split(commands[key])
+        lines[key] = shlex.join([*words, str(home / Path(folder).relative_to("runs/sweep"))])
+    for key in lines:
+        shutil.rmtree(shlex.split(lines[key])[-1], ignore_errors=True)
+    with ThreadPoolExecutor(2) as pool:
+        failed = list(filter(None, pool.map(start, lines.values())))
+    if failed:
+        raise InputError("\n".join(failed))
+    folders = {key: Path(shlex.split(line)[-1]) for key, line in lines.items()}
+    new = {key: read_json(folder / "summary.json", dict) for key, folder in folders.items()}
+    print(tables.again(done, new))
 
 
 OWN = ("--flags", "--shared", "--streams", "--seeds")  # belong to --script
@@ -154,6 +186,8 @@ def main(argv=None) -> None:
     parser.add_argument("name", nargs="?", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--table", action="store_true", help="print the tables only")
     parser.add_argument("--list", action="store_true", help="print the commands only")
+    about = "run N randomly chosen cells of all sweeps anew and compare them with their records"
+    parser.add_argument("--again", type=int, metavar="N", help=about)
     add = parser.add_argument_group("your own script (docs/baselines.md)").add_argument
     about = "compare it with sequential LoRA; it must know --stream --seed --threads --out --resume"
     add("--script", metavar="FILE", help=about)
@@ -165,8 +199,11 @@ def main(argv=None) -> None:
     # behind a blank argparse takes "--blind" for the text of --flags
     args = parser.parse_args([" " * (a in OWN[:2]) + b for a, b in zip(words, words[1:])])
     given = {flag[2:]: x for flag in OWN if (x := getattr(args, flag[2:])) is not None}
-    if bool(args.name) == bool(args.script) or (args.name and given):
-        parser.error(f"give NAME, or --script with any of {', '.join(OWN)}")
+    what = [x for x in (args.name, args.script, args.again) if x is not None]
+    if len(what) != 1 or (given and not args.script) or (args.again or 1) < 1:
+        parser.error(f"give NAME, or --again N, or --script with any of {', '.join(OWN)}")
+    if args.again:
+        return again(args.again)
     args.name = args.name or own(args.script, **given)
     if args.name in tables.TABLES:
         print(tables.TABLES[args.name]({name: load(name) for name in SWEEPS}))

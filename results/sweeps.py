@@ -33,18 +33,17 @@ FIRST = {"domains": "plain", "vqacl": "recognition"}  # {first}: the first stage
 # The other braces belong to the sweeps of all methods on seven streams, of which five are cut to 30
 # steps per stage (coin, ucit, trigap: in three epochs). Learning rates were chosen on seed 5, which
 # is not reported (sweep rate-all): {shared} for methods in which a question passes through all
-# that was learned, {chosen} for methods that choose among adapters, {joint} for joint training. On
-# cut streams MR-LoRA's router needs more steps to tell ten tasks apart (sweep search-router).
-BRACES = ("cut", "shared", "chosen", "joint", "router")
+# that was learned, {chosen} for methods that choose among adapters, {joint} for joint training.
+BRACES = ("cut", "shared", "chosen", "joint")
 LONG, SHORT = "--limit 480 --limit_test 40", "--limit 160 --limit_test 40"
 ALL = {
-    "vqacl": (LONG, "1e-3", "4e-3", "4e-3", "--router_batch 4"),
-    "clt-vqa": (LONG, "1e-3", "4e-3", "2e-3", "--router_batch 4"),
-    "coin": (SHORT, "5e-4", "4e-3", "4e-3", "--router_epochs 5 --router_batch 4"),
-    "ucit": (SHORT, "2e-3", "4e-3", "4e-3", "--router_epochs 5 --router_batch 4"),
-    "trigap": (SHORT, "5e-4", "4e-3", "2e-3", "--router_epochs 5 --router_batch 4"),
-    "dcl": ("", "1e-3", "2e-3", "2e-3", ""),
-    "acl": ("", "5e-4", "2e-3", "2e-3", ""),
+    "vqacl": (LONG, "1e-3", "4e-3", "4e-3"),
+    "clt-vqa": (LONG, "1e-3", "4e-3", "2e-3"),
+    "coin": (SHORT, "5e-4", "4e-3", "4e-3"),
+    "ucit": (SHORT, "2e-3", "4e-3", "4e-3"),
+    "trigap": (SHORT, "5e-4", "4e-3", "2e-3"),
+    "dcl": ("", "1e-3", "2e-3", "2e-3"),
+    "acl": ("", "5e-4", "2e-3", "2e-3"),
 }
 CUT = ["vqacl", "clt-vqa", "coin", "ucit", "trigap"]
 
@@ -64,22 +63,25 @@ DISCO = "baselines.py --method disco --lr"
 REGLORA = "baselines.py --method reglora --lr {shared} --reglora_lambda"
 CLMOE = "baselines.py --method clmoe --lr {shared} --alpha"
 SMOLORA = "baselines.py --method smolora --lr {shared} --alpha"
+EXPERTS = "experts.py --lr 4e-3"  # the best of sweep rate-experts for experts that begin as a mean
 LIKE_CRAM = "--targets q,k,v,o --rank 9 --alpha 18"  # layers and rank of CRAM's experts
 ORACLE = "one LoRA per task, task known"
 
 METHODS = {
     "sequential": f"{SEQUENTIAL} --lr {{shared}}",
-    "ASR": f"{ASR} --lr {{shared}}",
+    "ASR": "asr.py --lr {shared}",
     "CRAM": "cram.py --lr {chosen}",
-    "MR-LoRA": f"{MR} --lr {{chosen}} {{router}}",
+    "MR-LoRA": "mllm_cl.py --lr {chosen}",
+    "replay": f"{REPLAY} --lr {{shared}}",
+    "experts + LDA (ours)": f"{EXPERTS} --start mean",  # search-start chose it
     "joint": f"{JOINT} --lr {{joint}}",
 }
-ORDERS = {row: METHODS[row] for row in ("sequential", "ASR", "CRAM", "MR-LoRA")}
-VQACL_ORDERS = {row: METHODS[row] for row in ("sequential", "ASR", "CRAM")}  # ten routers take long
+VQACL_ORDERS = {"sequential": METHODS["sequential"], "ASR": f"{ASR} --lr {{shared}}"}
+VQACL_ORDERS["CRAM"] = METHODS["CRAM"]
+ORDERS = VQACL_ORDERS | {"MR-LoRA": f"{MR} --lr {{chosen}}"}  # ten routers of vqacl take long
 BASELINES = {
     "sequential": METHODS["sequential"],
     "zero-shot": ZERO_SHOT,
-    "replay": f"{REPLAY} --lr {{shared}}",
     "EWC": EWC,
     "LwF": LWF,
     "O-LoRA": f"{OLORA} 0.05",
@@ -107,10 +109,8 @@ RATE_SEARCH = (
 # experts.py: rates for experts that begin as a mean (seed 5), then beginnings (seeds 5 to 7), both
 # reported on others; routers without experts
 WARM_SEARCH = vary("mean, lr", "experts.py --start mean --lr", RATES[2:])
-EXPERTS = "experts.py --lr 4e-3"  # the best of sweep rate-experts on the mean
 STARTS = vary("", f"{EXPERTS} --start", ("fresh", "last", "mean", "alike"))
 CONTENDERS = {row: STARTS[row] for row in ("fresh", "mean", "alike")}
-BESIDE = {"sequential": METHODS["sequential"], "mean": STARTS["mean"]}  # what search-start chose
 ROUTERS = vary("LDA,", "experts.py --features", ("both", "image", "question", "last"))
 ROUTERS["cosine, both"] = "experts.py --router cosine"
 UNTRAINED = "{cut} --untrained --start fresh --max_new_tokens 1"
@@ -230,7 +230,6 @@ SWEEPS = {
     "rate-experts": Sweep([*CUT, "dcl", "acl"], [5], WARM_SEARCH, "{cut}"),
     "search-start": Sweep([*CUT, "dcl", "acl"], range(5, 8), CONTENDERS, "{cut}"),
     "experts-start": Sweep([*CUT, "dcl", "acl"], range(3), STARTS, "{cut}"),
-    "experts-more": Sweep([*CUT, "dcl", "acl"], range(3, 5), BESIDE, "{cut}"),
     "experts-router": Sweep([*CUT, "dcl", "acl"], range(2), ROUTERS, UNTRAINED),
     "router": Sweep(["vqacl", "clt-vqa", "coin", "dcl"], range(3), ROUTER, "{cut}"),
     "search-passes": Sweep(["dcl", "acl"], [5], PASSES),

@@ -16,6 +16,8 @@ from eval import compared, difference, grid, mean_std, paired, show
 
 RESULTS = Path(__file__).parent
 OURS = "experts + LDA (ours)"
+PAPERS = ("ASR", "CRAM", "MR-LoRA")
+MEANS = ("AP", "MFT", "AF", "stored (1000)", "kept samples", "time")
 GOES_ON = "MR-LoRA, router goes on"
 KEEP_NOTHING = """asr cram mllm_cl experts zeroshot sequential ewc lwf olora moelora hide disco
     reglora clmoe smolora""".split()
@@ -100,34 +102,128 @@ def columns_table(title: str, runs: dict, names, form) -> str:
     return grid([[title, *columns], *zip(runs, *columns.values())], True)
 
 
-def choice(results: dict) -> str:
-    """All methods on seven streams: AP; then means over the streams, each with the same weight.
+def processor(record: dict) -> tuple:
+    """What two runs must share if their times are compared."""
+    return record.get("versions", {}).get("cpu"), record["threads"]
 
-    Seeds are those that all rows of a stream have; time is relative to sequential LoRA.
-    """
-    streams = {}  # stream -> {row: {seed: numbers}}
-    for stream, rows in results["all"].items():
-        rows = results["all-baselines"][stream] | rows | {OURS: ours(results)[stream]}
-        rows["joint"] = rows.pop("joint")  # last
-        runs = {row: finished(cells) for row, cells in rows.items()}
-        having = [set(cells) for cells in runs.values() if cells]
-        seeds = sorted(set(runs["sequential"]).intersection(*having))
-        for row, cells in runs.items():
-            runs[row] = {seed: cells[seed] for seed in seeds if cells}
-            for seed, values in runs[row].items():
-                values["time"] = values["seconds"] / runs["sequential"][seed]["seconds"]
-        for values in runs[OURS].values():  # another machine than that of the other rows
-            values["time"] = time_of(results, stream)
-        streams[stream] = runs
-    names = ("AP", "MFT", "AF", "stored (1000)", "kept samples", "time")
-    first, second = [["AP", *streams]], [["mean over streams", *names]]
-    for row in rows:
-        cells = [runs[row] for runs in streams.values()]
-        first.append([row, *(mean(column(x, "AP")) for x in cells)])
-        means = [[np.mean(column(x, name)) for x in cells if x] for name in names]
-        second.append([row, *(mean(x if all(cells) else []) for x in means)])
-    first.append(["seeds", *(", ".join(map(str, x["sequential"])) for x in streams.values())])
-    return f"{grid(first, True)}\n\n{grid(second, True)}"
+
+def methods(results: dict) -> dict:
+    """{row: {stream: {seed: numbers}}} of all methods, joint training last. "time" is relative to
+    sequential LoRA on the same stream, seed and processor, nan where that was not run."""
+    rows = {}
+    for stream, ours in results["all"].items():
+        others = results["all-baselines"][stream]
+        plain = [*others["sequential"].values(), *ours["sequential"].values()]
+        pace = {(r["seed"], *processor(r)): r["seconds"] for r in plain if r}
+        for row, cells in (others | ours).items():
+            runs = rows.setdefault(row, {})[stream] = finished(cells)
+            for seed, values in runs.items():
+                usual = pace.get((seed, *processor(cells[seed])), math.nan)
+                values["time"] = values["seconds"] / usual
+    rows["joint"] = rows.pop("joint")
+    return rows
+
+
+def shared_means(rows: dict) -> tuple[dict, dict]:
+    """{stream: seeds that all rows have}, and {row: {name: means over them, one per stream}}."""
+    streams, means = next(iter(rows.values())), {}
+    seeds = {x: set.intersection(*(set(runs[x]) for runs in rows.values())) for x in streams}
+    for row, runs in rows.items():
+        cells = [[runs[x][seed] for seed in seeds[x]] for x in streams]
+        means[row] = {name: [mean_of(some, name) for some in cells] for name in MEANS}
+    return seeds, means
+
+
+def mean_of(cells: list[dict], name: str) -> float:
+    return float(np.mean([values[name] for values in cells])) if cells else math.nan
+
+
+def choice(results: dict) -> str:
+    """All methods on seven streams. AP; means over the streams, each with the same weight, on the
+    seeds that all rows have; differences to sequential LoRA, paired over all seeds of a method,
+    with the number of streams whose interval lies above or below zero; the commits."""
+    rows = methods(results)
+    seeds, means = shared_means(rows)
+    gains = {row: gain(runs, rows["sequential"]) for row, runs in rows.items()}
+    first, second = [["AP", *seeds]], [["mean over streams", "AP", "AP - sequential", *MEANS[1:]]]
+    second[0].insert(3, "above, below 0")
+    for row, values in means.items():
+        first.append([row, *map(show, values["AP"])])
+        ap, *others = (show(np.mean(values[name])) for name in MEANS)
+        second.append([row, ap, *gains[row][0], *others])
+    first.append(["seeds", *(", ".join(map(str, sorted(seeds[x]))) for x in seeds)])
+    columns = [row for row in next(iter(results["all"].values())) if row != "sequential"]
+    third = [["AP - sequential", *columns]]
+    for k, stream in enumerate(seeds):
+        third.append([stream, *(gains[row][1][k] for row in columns)])
+    texts = [grid(table, True) for table in (first, second, third)]
+    return "\n\n".join([*texts, commits(results, "all", "all-baselines")])
+
+
+def gain(runs: dict, plain: dict) -> tuple[list[str], list[str]]:
+    """AP - sequential of a method: of the mean over streams, with the number of streams where the
+    interval lies above and below zero; and by stream. Intervals are over seeds."""
+    pairs = [
+        [(r["AP"], plain[x][s]["AP"]) for s, r in runs[x].items() if s in plain[x]] for x in runs
+    ]
+    spans = [paired(*zip(*some))[1:3] for some in pairs if some]
+    counts = f"{sum(low > 0 for low, _ in spans)}, {sum(high < 0 for _, high in spans)}"
+    method, usual = per_seed(runs.values()), per_seed(plain.values())
+    whole = difference([(method[s][0], usual[s][0]) for s in method if s in usual])
+    if runs is plain:
+        whole = counts = ""
+    return [whole, counts], [*map(difference, pairs)]
+
+
+def commits(results: dict, *names: str) -> str:
+    """Which code made the records of these sweeps."""
+    made = {}
+    for name in names:
+        for rows in results[name].values():
+            for row, cells in rows.items():
+                for record in filter(None, cells.values()):
+                    made.setdefault(record["commit"][:7], {})[row] = None
+    return "Commits: " + "; ".join(f"{commit} ({', '.join(made[commit])})" for commit in made)
+
+
+def best(results: dict) -> str:
+    """README's table: sequential LoRA and joint training, the papers' methods and the six best by
+    AP; the best value of a column in bold, the second in italics, joint training aside."""
+    _, means = shared_means(methods(results))
+    means = {row: {name: np.mean(x) for name, x in v.items()} for row, v in means.items()}
+    order = sorted(means, key=lambda row: -means[row]["AP"])
+    ranked = [row for row in order if row not in ("sequential", "joint")]
+    chosen = {"sequential", *ranked[:6], *PAPERS}
+    table = [["mean over streams", *MEANS]]
+    for row in ["joint", *(row for row in order if row in chosen)]:
+        table.append([row, *(show(means[row][name]) for name in MEANS)])
+    for k, sign in enumerate((-1, -1, 1), 1):
+        cells = [line for line in table[2:] if line[k] != "-"]
+        values = sorted({sign * float(line[k]) for line in cells})
+        for line in cells:
+            rank = values.index(sign * float(line[k]))
+            line[k] = f"**{line[k]}**" if rank == 0 else f"*{line[k]}*" if rank == 1 else line[k]
+    return grid(table, True)
+
+
+def again(records: dict, new: dict) -> str:
+    """How far runs are from their records, by (sweep, row, stream, seed): equal in every cell of
+    the matrix; inside, if AP has moved by less than the half width of the 95% interval of AP over
+    the seeds of the row; or outside."""
+    table = [["sweep", "row", "stream", "seed", "AP", "again", "half width", "processor", ""]]
+    for key, run in new.items():
+        was, (name, row, stream, _) = records[key], key
+        row_of = [r for k, r in records.items() if k[:3] == (name, row, stream)]
+        values = [r["metrics"]["AP"] for r in row_of]
+        half = paired(values, [0] * len(values))[2] - np.mean(values)
+        before, now = was["metrics"]["AP"], run["metrics"]["AP"]
+        same = np.array_equal(*(np.array(r["matrix"], float) for r in (was, run)), equal_nan=True)
+        word = "equal" if same else "inside" if abs(now - before) <= half else "outside"
+        cpu = "same" if processor(was) == processor(run) else "another"
+        table.append([*map(str, key), show(before), show(now), show(half), cpu, word])
+    words = [line[-1] for line in table[1:]]
+    counts = ", ".join(f"{words.count(word)} {word}" for word in ("equal", "inside", "outside"))
+    return f"{grid(table, True)}\n\n{counts}"
 
 
 def beside(results: dict) -> str:
@@ -185,21 +281,28 @@ def figures(results: dict) -> str:
     labels = "router", "", "right expert (%)"
     panels = {"Routers without training, pretrained model": np.array(list(rows.values()))}
     plot.heat_maps(panels, names, labels, (0, 100), path / "experts-routers.png")
+    methods_figure(results, path / "methods.png")
     asr_page.figures(results, path)
     return str(path)
 
 
-def ours(results: dict) -> dict:
-    """{stream: {seed: record}} of the row "experts + LDA (ours)", as search-start has chosen it."""
-    starts, more = results["experts-start"], results["experts-more"]
-    return {stream: rows["mean"] | more[stream]["mean"] for stream, rows in starts.items()}
-
-
-def time_of(results: dict, stream: str) -> float:
-    """Time of the row "experts + LDA (ours)" relative to sequential LoRA on the same machine."""
-    rows = results["experts-more"][stream]
-    pairs = zip(rows["mean"].values(), rows["sequential"].values())
-    return np.mean([a["seconds"] / b["seconds"] for a, b in pairs if a and b] or math.nan)
+def methods_figure(results: dict, path: Path) -> None:
+    """AP against AF, a dot per method, whose area shows the parameters stored."""
+    _, means = shared_means(methods(results))
+    figure, axes = plot.new_figure(height=5.0)
+    axis, names = axes[0, 0], ("AF", "AP", "stored (1000)")
+    for k, (row, values) in enumerate(means.items()):
+        af, ap, stored = (np.mean(values[name]) for name in names)
+        if math.isnan(af):  # one test: no forgetting
+            axis.axhline(ap, color="gray", linestyle=":")
+            axis.annotate(
+                row, (1, ap), (-4, 2), ("axes fraction", "data"), "offset points", ha="right"
+            )
+            continue
+        axis.scatter(af, ap, stored / 2, plot.COLORS[k % 7], alpha=0.5)
+        axis.annotate(row, (af, ap), (7, 3), textcoords="offset points")
+    axis.set(xlabel="AF (points): less is better", ylabel="AP (%): more is better")
+    figure.savefig(path)
 
 
 def by_stream(sweep: dict, name: str) -> tuple[dict, list[int]]:
@@ -225,32 +328,26 @@ def experts(results: dict) -> str:
         table = [[f"{sweep}, {name}", *results[sweep], "mean"]]
         table += [[row, *map(show, [*values, np.mean(values)])] for row, values in rows.items()]
         texts.append(grid([*table, ["seeds", *map(str, counts), ""]], True))
-    table = [[f"{OURS} minus", "seeds", "AP", "AF"]]
-    chosen = per_seed(ours(results).values())
-    for sweep in ("all", "all-baselines"):
-        for row in next(iter(results[sweep].values())):
-            if sweep != "all" and row in results["all"]["dcl"]:
-                continue
-            other = per_seed(rows[row] for rows in results[sweep].values())
-            seeds = sorted(set(chosen).intersection(other))
-            pairs = [list(zip(chosen[seed], other[seed])) for seed in seeds]
-            table.append([row, str(len(seeds)), *map(difference, zip(*pairs))])
-    rows = results["experts-start"].values()
-    means = {row: per_seed(cells[row] for cells in rows) for row in next(iter(rows))}
-    starts = [(means["mean"][seed][0], fresh[0]) for seed, fresh in means["fresh"].items()]
+    rows = methods(results)
     lines = [[f"{OURS} minus MR-LoRA", "seeds", "AP"]]
-    for stream, cells in ours(results).items():
-        theirs = finished(results["all"][stream]["MR-LoRA"])
-        both = [(r["AP"], theirs[s]["AP"]) for s, r in finished(cells).items() if s in theirs]
+    for stream, runs in rows[OURS].items():
+        theirs = rows["MR-LoRA"][stream]
+        both = [(runs[seed]["AP"], theirs[seed]["AP"]) for seed in runs if seed in theirs]
         lines.append([stream, str(len(both)), difference(both)])
-    theirs = per_seed(cells["MR-LoRA"] for cells in results["all"].values())
+    chosen, theirs = per_seed(rows[OURS].values()), per_seed(rows["MR-LoRA"].values())
     later = [(chosen[s][0], theirs[s][0]) for s in (3, 4) if s in chosen and s in theirs]
     lines.append(["mean, seeds 3 and 4 alone", str(len(later)), difference(later)])
+    starts = results["experts-start"].values()
+    starts = {row: per_seed(finished(x[row]) for x in starts) for row in ("mean", "fresh")}
+    starts = [(starts["mean"][seed][0], fresh[0]) for seed, fresh in starts["fresh"].items()]
     lines.append(["start: mean minus fresh", str(len(starts)), difference(starts)])
-    texts.append(grid(lines, True))
-    times = [time_of(results, stream) for stream in results["experts-more"]]
-    time = f"Time: {np.mean(times):.2f} of that of sequential LoRA on the same machine."
-    return "\n\n".join([*texts, grid(table, True), time])
+    table = [[f"{OURS} minus", "seeds", "AP", "AF"]]
+    for row in (row for row in rows if row != OURS):
+        other = per_seed(rows[row].values())
+        seeds = sorted(set(chosen).intersection(other))
+        pairs = [list(zip(chosen[seed], other[seed])) for seed in seeds]
+        table.append([row, str(len(seeds)), *map(difference, zip(*pairs))])
+    return "\n\n".join([*texts, grid(lines, True), grid(table, True)])
 
 
 def router(results: dict) -> str:
@@ -270,7 +367,9 @@ def router(results: dict) -> str:
         times = [[(x["router"] + x["routing"]) / x["expert"] for x in parts] for parts in runs]
         values = [np.mean(x or math.nan) for x in times]
         table.append([f"router / experts, {row}", *map(show, [*values, np.mean(values)])])
-    anew, on = (per_seed(rows[row] for rows in both.values()) for row in ("anew", GOES_ON))
+    anew, on = (
+        per_seed(finished(rows[row]) for rows in both.values()) for row in ("anew", GOES_ON)
+    )
     seeds = sorted(set(anew).intersection(on))
     pairs = [list(zip(on[seed], anew[seed])) for seed in seeds]
     ap, af = map(difference, zip(*pairs))
@@ -278,13 +377,13 @@ def router(results: dict) -> str:
 
 
 def per_seed(streams) -> dict[int, tuple[float, float]]:
-    """{seed: (AP, AF)}, means over all streams, of the seeds that every stream has."""
-    runs = [finished(cells) for cells in streams]
+    """{seed: (AP, AF)}, means over all streams {seed: numbers}, of the seeds that every one has."""
+    streams = list(streams)
     return {
-        seed: tuple(np.mean([values[seed][name] for values in runs]) for name in ("AP", "AF"))
-        for seed in set.intersection(*map(set, runs))
+        seed: tuple(np.mean([runs[seed][name] for runs in streams]) for name in ("AP", "AF"))
+        for seed in set.intersection(*map(set, streams))
     }
 
 
-TABLES = {"choice": choice, "beside": beside, "drift": drift, "experts": experts}
+TABLES = {"choice": choice, "best": best, "beside": beside, "drift": drift, "experts": experts}
 TABLES |= {"asr": asr_page.asr, "routers": router, "figures": figures}

@@ -38,6 +38,7 @@ def record(stream="one", seed=0, ap=50.0, **facts):
     matrix = [[ap + 10, None], [ap, ap]]
     facts = {"script": "baselines", "args": {"rank": 16, "method": "sequential"}} | facts
     usual = {"stages": ["a", "b"], "matrix": matrix, "seconds": 60.0, "peak_memory_mb": 500.0}
+    usual |= {"threads": 1, "versions": {"cpu": "a"}}
     return usual | {"stream": stream, "seed": seed, "metrics": evaluation.metrics(matrix)} | facts
 
 
@@ -118,7 +119,9 @@ def test_what_hides_the_image_hides_all_of_it_and_nothing_else(tiny, samples):
     assert told["all text"][0] == told["all text"][1] != usual
 
 
-def test_a_missing_cell_is_run_and_added_once(stream_folder, tiny_folder, tmp_path, monkeypatch):
+def test_a_missing_cell_is_run_and_added_once(
+    stream_folder, tiny_folder, tmp_path, monkeypatch, capsys
+):
     command = f"{ROOT / 'baselines.py'} --method zeroshot --model {tiny_folder}"
     sweep = sweeps.Sweep(["toy"], [0], {"zero-shot": command}, records=tmp_path)
     monkeypatch.setitem(sweeps.SWEEPS, "try", sweep)
@@ -143,6 +146,35 @@ def test_a_missing_cell_is_run_and_added_once(stream_folder, tiny_folder, tmp_pa
     run.run_sweep("try")  # the run is there, and only its record is made again
     assert Path("try.jsonl").read_text() == f"{line}\n" and started[1][-1] == "--resume"
     assert len(started) == 2
+    monkeypatch.setattr(run, "SWEEPS", {"try": sweep})
+    for _ in range(2):  # anew each time
+        run.again(5)
+        assert "runs/again/try/zero-shot-toy-0" in started[-1] and "--resume" not in started[-1]
+        assert capsys.readouterr().out.endswith("1 equal, 0 inside, 0 outside\n")
+    assert Path("try.jsonl").read_text() == f"{line}\n"
+
+
+def test_a_run_again_is_equal_or_inside_the_interval_of_its_row_or_outside():
+    records = {("try", "row", "one", seed): record(seed=seed, ap=50.0 + seed) for seed in range(3)}
+    records |= {("try", "alone", "one", 0): record()}
+    half = 4.302653 / math.sqrt(3)  # t with two degrees of freedom; the deviation is 1
+    now = {key: was["metrics"]["AP"] for key, was in records.items()}
+    now["try", "row", "one", 1] += half - 0.01
+    now["try", "row", "one", 2] -= half + 0.01
+    text = tables.again(records, {key: record(ap=ap) for key, ap in now.items()})
+    words = [line.split("|")[-2].strip() for line in text.split("\n")[2:6]]
+    assert words == ["equal", "inside", "outside", "equal"]
+    assert text.endswith("2 equal, 1 inside, 1 outside") and text.count("another") == 0
+
+
+def test_the_best_table_has_six_methods_besides_those_of_the_papers():
+    rows = ["sequential", *tables.PAPERS, *"abcdefg", "joint"]
+    ap = {row: 50.0 + k for k, row in enumerate(rows)}
+    every = {row: {0: record(ap=ap[row])} for row in rows}
+    text = tables.best({"all": {"one": every}, "all-baselines": {"one": {"sequential": {}}}})
+    lines = lines_of(text)
+    assert list(lines)[2:] == ["joint", *"gfedcb", *reversed(tables.PAPERS), "sequential"]
+    assert lines["g"][0] == "**60.0**" and lines["f"][0] == "*59.0*" and lines["joint"][0] == "61.0"
 
 
 def test_one_command_compares_a_script_of_the_reader(tmp_path, monkeypatch, capsys):
