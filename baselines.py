@@ -70,7 +70,7 @@ OWN_FLAGS = {
     "ewc_lambda": ("ewc", 10.0, 10.0),
     "lwf_lambda": ("lwf", 0.25, 1.0),
     "olora_lambda": ("olora", 0.5, 0.05),
-    "reglora_lambda": ("reglora", 2500.0, 2500.0),
+    "reglora_lambda": ("reglora", 2500.0, 250.0),
     "experts": ("moelora clmoe smolora", 8, 8),
     "hide_temperature": ("hide", 0.1, 0.03),
     "hide_sum": ("hide", math.inf, 2.0),
@@ -87,7 +87,7 @@ def parse(argv=None):
     add("--ewc_lambda", type=data.weight, help="weight of the penalty (default: 10)")
     add("--lwf_lambda", type=data.weight, help="weight of distillation (default: 0.25; tiny 1)")
     add("--olora_lambda", type=data.weight, help="weight of |A_i A_t^T| (default: 0.5; tiny 0.05)")
-    add("--reglora_lambda", type=data.weight, help="weight of |B A| where it is kept (2500)")
+    add("--reglora_lambda", type=data.weight, help="weight of kept |B A| (default: 2500; tiny 250)")
     add("--experts", type=data.count, help="of moelora, clmoe, smolora; share the rank (8)")
     add("--hide_temperature", type=data.positive, help="last layer (default: 0.1; tiny 0.03)")
     add("--hide_sum", type=data.endless, help="n LoRAs count min(1, W / n) (default: inf; tiny 2)")

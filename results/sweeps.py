@@ -87,6 +87,10 @@ BASELINES = {
     "O-LoRA": f"{OLORA} 0.05",
     "MoELoRA": f"{MOELORA} 256",
     "HiDe": f"{HIDE} 0.03 --hide_sum 2",
+    "DISCO": f"{DISCO} {{chosen}}",
+    "RegLoRA": f"{REGLORA} 250",
+    "CL-MoE": f"{CLMOE} 256",
+    "SMoLoRA": f"{SMOLORA} 256",
 }
 BASELINE_SEARCH = (
     {"sequential": METHODS["sequential"]}
