@@ -72,6 +72,8 @@ METHODS = {
     "ASR": "asr.py --lr {shared}",
     "CRAM": "cram.py --lr {chosen}",
     "MR-LoRA": "mllm_cl.py --lr {chosen}",
+    # {experts}: the run of the row above, or whose command is MR alone; same stream and seed
+    "MR-LoRA, prototype router": "mllm_cl.py --lr {chosen} --router prototype --experts {experts}",
     "replay": f"{REPLAY} --lr {{shared}}",
     "experts + LDA (ours)": f"{EXPERTS} --start mean",  # search-start chose it
     "joint": f"{JOINT} --lr {{joint}}",
@@ -175,7 +177,6 @@ CRAM_ABLATION = {
     "experts shared more": "cram.py --sigma_share 1",
 }
 
-# {experts}: the run of the same sweep, stream and seed whose command is MR alone
 MR_LORA = {
     "sequential": f"{SEQUENTIAL} --lr {{lr}}",
     "sequential, MR-LoRA's rate": SEQUENTIAL,
@@ -248,7 +249,8 @@ SWEEPS = {
 
 def source(name: str) -> str:
     """The row whose experts other rows of the sweep take."""
-    return next((row for row, line in SWEEPS[name].rows.items() if line == MR), "")
+    own = MR, METHODS["MR-LoRA"]
+    return next((row for row, line in SWEEPS[name].rows.items() if line in own), "")
 
 
 def folder_of(name: str, row: str, stream: str, seed: int) -> Path:
