@@ -193,10 +193,8 @@ class ZeroShot(Sequential):
 class Joint(Sequential):
     def plan(self):
         """A stage with more epochs than others is repeated; the largest rate counts [7]."""
-        epochs = [stage.epochs for stage in self.stages]
-        once = min(epochs)
-        pairs = zip(self.stages, epochs)
-        everything = [s for stage, n in pairs for s in stage.train * round(n / once)]
+        once = min(stage.epochs for stage in self.stages)
+        everything = [s for stage in self.stages for s in stage.train * round(stage.epochs / once)]
         lr = max(stage.lr for stage in self.stages)
         return [(len(self.stages) - 1, Stage("all stages", everything, [], "", None, once, lr))]
 
@@ -253,10 +251,6 @@ class LwF(Sequential):
     gradient's size independent of T (Hinton et al. 2015, arXiv 1503.02531)."""
 
     keeps = ("old",)
-
-    def __init__(self, args, llava, stream):
-        super().__init__(args, llava, stream)
-        self.old = [p.detach().clone() for p in self.lora]
 
     def before(self, t, stage):
         self.old = [p.detach().clone() for p in self.lora]
@@ -533,13 +527,20 @@ class CLMoE(MoELoRA):
             layer.A.lerp_(A, share[:, None])
             layer.B.lerp_(B, share)
 
+    def state(self):  # the counts of all processes: all load them, and the first one goes on
+        return super().state() | {"used": sum(gather(self.used.cpu()))}
+
+    def load(self, state):
+        super().load(state)
+        self.used *= self.llava.first
+
 
 class SMoLoRALinear(torch.nn.Module):
     """y = W x + a y_v + b y_i for x [B, S, in]: y_v = s B_k A_k x of the expert k among the first
-    half that a fixed gate picks for the mean of x over the sequence, y_i of one among the second
+    half that a fixed gate picks for the mean of x over the prompt, y_i of one among the second
     half, picked for the instruction; [a, b] = softmax([u_v . y_v, u_i . y_i]) token by token [11].
 
-    routing: for all layers, of the batch: "mask" [B, S] of real tokens, "pictured" [B], "words"
+    routing: for all layers, of the batch: "mask" [B, S] of the prompt, "pictured" [B], "words"
     [B, width]. The gates V and I stay as drawn: nothing in the method gives them a gradient."""
 
     def __init__(self, base, rank, alpha, dropout, experts, routing):
@@ -580,7 +581,10 @@ class SMoLoRA(MoELoRA):
     def route(self, batch):
         words, _ = question_and_image(self.llava, batch)
         pictured = [sample.image is not None for sample in batch["samples"]]
-        self.routing |= {"mask": batch["attention_mask"], "words": words, "pictured": pictured}
+        mask = batch["attention_mask"]
+        if "labels" in batch:  # tests have no answer to choose by
+            mask = mask * (batch["labels"] == -100)
+        self.routing |= {"mask": mask, "words": words, "pictured": pictured}
 
     def losses(self, t, batch):
         self.route(batch)

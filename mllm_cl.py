@@ -356,7 +356,7 @@ def summary(run, team, lora):
     T, each = len(team.experts), sum(p.numel() for p in lora)
     return {
         "trainable_parameters": each,
-        "stored_parameters": each * (T + (T > 1 and run.args.router in ("mllm", "generate"))),
+        "stored_parameters": each * (T + bool(team.router)) + sum(map(len, team.prototypes)),
         **sent(run.facts, T),
         "cost": dict(team.cost),
         "letters": team.letters,

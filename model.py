@@ -149,8 +149,8 @@ class LLaVA:
         """Mean of the frozen input embeddings of each text's tokens: [N, width] float32."""
         table = self.model.get_input_embeddings().weight
         ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        rows = [table[torch.tensor(row, device=self.device)] for row in ids]
-        return torch.stack([row.float().mean(0) for row in rows])
+        ids = (torch.tensor(row, device=self.device) for row in ids)
+        return torch.stack([table[row].float().mean(0) for row in ids])
 
     def clip(self, parameters, log, most=1.0):
         """Between backward and the optimizer's step: clip the gradient's norm, and return the log

@@ -183,7 +183,7 @@ def test_reglora_holds_the_entries_that_earlier_stages_changed_most(make, sample
     change(reglora)
     products = [(layer.B @ layer.A).flatten() for layer in reglora.layers]
     means = [x[kept].abs().mean() for x, kept in zip(products, reglora.kept)]
-    torch.testing.assert_close(reglora.penalties(1)["reglora"], 2500 * torch.stack(means).mean())
+    torch.testing.assert_close(reglora.penalties(1)["reglora"], 250 * torch.stack(means).mean())
     reglora.after(1, reglora.stages[1])
     assert len(reglora.kept[0]) == 2 * size and torch.equal(reglora.kept[0][:size], kept)
     away = torch.ones_like(products[0]).index_fill(0, kept.long(), 0).view(len(layer.B), -1)
@@ -246,6 +246,9 @@ def test_smolora_picks_one_expert_by_sight_and_one_by_the_instruction(make, samp
         torch.testing.assert_close(y[b], layer.base(x[b]) + a[0] * v + a[1] * i)
     alone = [smolora.answer([sample])[0] for sample in some]
     assert smolora.answer(some) == alone  # whatever the batch and its padding
+    asked, long = [layer.chosen for layer in layers], "one two three four five six seven " * 8
+    smolora.losses(0, smolora.llava.batch([replace(s, answer=long) for s in some], train=True))
+    assert all(map(torch.equal, asked, [layer.chosen for layer in layers]))  # the answer is no hint
     assert all(map(torch.equal, sum(gates, []), [G for x in layers for G in (x.V, x.I)]))
     assert smolora.stored() == sum(p.numel() for layer in layers for p in layer.parameters()) - sum(
         p.numel() for layer in layers for p in layer.base.parameters()
