@@ -580,11 +580,9 @@ class SMoLoRA(MoELoRA):
 
     def route(self, batch):
         words, _ = question_and_image(self.llava, batch)
-        pictured = [sample.image is not None for sample in batch["samples"]]
-        mask = batch["attention_mask"]
-        if "labels" in batch:  # tests have no answer to choose by
-            mask = mask * (batch["labels"] == -100)
-        self.routing |= {"mask": mask, "words": words, "pictured": pictured}
+        prompt = batch.get("labels", -100) == -100  # an answer would lead to other experts
+        self.routing |= {"mask": batch["attention_mask"] * prompt, "words": words}
+        self.routing["pictured"] = [sample.image is not None for sample in batch["samples"]]
 
     def losses(self, t, batch):
         self.route(batch)

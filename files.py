@@ -298,7 +298,8 @@ def cpu():
     if os.path.exists("/proc/cpuinfo"):  # Linux
         pairs = re.findall(r"(?m)^([\w ]+?)\s*: (.*)$", Path("/proc/cpuinfo").read_text())
         facts = dict(reversed(pairs))  # of the first core
-        name = " ".join(facts.get(key, "") for key in ("model name", "cpu family", "model"))
+        keys = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
+        name = " ".join(facts[key] for key in keys if key in facts)
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 

@@ -35,6 +35,7 @@ import tables  # noqa: E402
 from sweeps import SWEEPS, Sweep, cells, source  # noqa: E402
 
 from benchmarks import STREAMS  # noqa: E402
+from data import count  # noqa: E402
 from files import InputError, input_errors, read_json, write_text  # noqa: E402
 
 LOCK = threading.Lock()  # two cells may finish at the same time
@@ -140,11 +141,10 @@ def again(n: int) -> None:
         shutil.rmtree(shlex.split(lines[key])[-1], ignore_errors=True)
     with ThreadPoolExecutor(2) as pool:
         failed = list(filter(None, pool.map(start, lines.values())))
+    files = {key: Path(shlex.split(line)[-1]) / "summary.json" for key, line in lines.items()}
+    print(tables.again(done, {key: read_json(x, dict) for key, x in files.items() if x.exists()}))
     if failed:
         raise InputError("\n".join(failed))
-    folders = {key: Path(shlex.split(line)[-1]) for key, line in lines.items()}
-    new = {key: read_json(folder / "summary.json", dict) for key, folder in folders.items()}
-    print(tables.again(done, new))
 
 
 OWN = ("--flags", "--shared", "--streams", "--seeds")  # belong to --script
@@ -187,7 +187,7 @@ def main(argv=None) -> None:
     parser.add_argument("--table", action="store_true", help="print the tables only")
     parser.add_argument("--list", action="store_true", help="print the commands only")
     about = "run N randomly chosen cells of all sweeps anew and compare them with their records"
-    parser.add_argument("--again", type=int, metavar="N", help=about)
+    parser.add_argument("--again", type=count, metavar="N", help=about)
     add = parser.add_argument_group("your own script (docs/baselines.md)").add_argument
     about = "compare it with sequential LoRA; it must know --stream --seed --threads --out --resume"
     add("--script", metavar="FILE", help=about)
@@ -200,8 +200,8 @@ def main(argv=None) -> None:
     args = parser.parse_args([" " * (a in OWN[:2]) + b for a, b in zip(words, words[1:])])
     given = {flag[2:]: x for flag in OWN if (x := getattr(args, flag[2:])) is not None}
     what = [x for x in (args.name, args.script, args.again) if x is not None]
-    if len(what) != 1 or (given and not args.script) or (args.again or 1) < 1:
-        parser.error(f"give NAME, or --again N, or --script with any of {', '.join(OWN)}")
+    if len(what) != 1 or (given and not args.script) or (args.again and args.table | args.list):
+        parser.error(f"give NAME, or --again N alone, or --script with any of {', '.join(OWN)}")
     if args.again:
         return again(args.again)
     args.name = args.name or own(args.script, **given)

@@ -34,7 +34,7 @@ FIRST = {"domains": "plain", "vqacl": "recognition"}  # {first}: the first stage
 # steps per stage (coin, ucit, trigap: in three epochs). Learning rates were chosen on seed 5, which
 # is not reported (sweep rate-all): {shared} for methods in which a question passes through all
 # that was learned, {chosen} for methods that choose among adapters, {joint} for joint training.
-# Ten stages of questions need more passes of MR-LoRA's router (sweep search-router).
+# Ten stages of questions keep the ten passes of MR-LoRA's router that search-router had.
 BRACES = ("cut", "shared", "chosen", "joint", "router")
 LONG, SHORT = "--limit 480 --limit_test 40", "--limit 160 --limit_test 40"
 ALL = {
@@ -49,7 +49,7 @@ ALL = {
 CUT = ["vqacl", "clt-vqa", "coin", "ucit", "trigap"]
 
 RATES, SKILLS = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3"), ("stream", "parser", "shared")
-# As before they took less time: prototypes from all samples, longer lessons of the router.
+# The settings of before both became faster: prototypes of all samples, longer training of routers.
 ASR = "asr.py --prototype_samples inf"
 MR = "mllm_cl.py --router_epochs 10 --router_batch 16"
 SEQUENTIAL, JOINT = "baselines.py --method sequential", "baselines.py --method joint"

@@ -13,6 +13,7 @@ import numpy as np
 
 import plot
 from eval import compared, difference, grid, mean_std, paired, show
+from files import InputError
 
 RESULTS = Path(__file__).parent
 OURS = "experts + LDA (ours)"
@@ -36,7 +37,7 @@ def details(record: dict) -> dict[str, float | None]:
     kept = kept.get(args.get("method", record["script"]), math.nan)
     if "--buffer " in record.get("command", ""):  # any baseline
         kept = args["buffer"]
-    if record["script"] == "mllm_cl" and args["router"] != "oracle":
+    if record["script"] == "mllm_cl" and args["router"] in ("mllm", "generate"):
         kept = args["shots"]
     return {
         "MFT": record["metrics"]["MFT"],
@@ -103,8 +104,9 @@ def columns_table(title: str, runs: dict, names, form) -> str:
 
 
 def processor(record: dict) -> tuple:
-    """What two runs must share if their times are compared."""
-    return record.get("versions", {}).get("cpu"), record["threads"]
+    """What two runs must share if their times are compared; records of before 27 November 2026
+    have no processor, and are compared with one another."""
+    return record.get("versions", {}).get("cpu", "unknown"), record["threads"]
 
 
 def methods(results: dict) -> dict:
@@ -125,11 +127,13 @@ def methods(results: dict) -> dict:
 
 
 def shared_means(rows: dict) -> tuple[dict, dict]:
-    """{stream: seeds that all rows have}, and {row: {name: means over them, one per stream}}."""
+    """{stream: seeds that all rows have that were run on it}, and {row: {name: means over these
+    seeds, one per stream}}; nan where a row was not run."""
     streams, means = next(iter(rows.values())), {}
-    seeds = {x: set.intersection(*(set(runs[x]) for runs in rows.values())) for x in streams}
+    having = {x: [set(runs[x]) for runs in rows.values() if runs[x]] for x in streams}
+    seeds = {x: set.intersection(*some) if some else set() for x, some in having.items()}
     for row, runs in rows.items():
-        cells = [[runs[x][seed] for seed in seeds[x]] for x in streams]
+        cells = [[runs[x][seed] for seed in seeds[x] if seed in runs[x]] for x in streams]
         means[row] = {name: [mean_of(some, name) for some in cells] for name in MEANS}
     return seeds, means
 
@@ -176,13 +180,14 @@ def gain(runs: dict, plain: dict) -> tuple[list[str], list[str]]:
 
 
 def commits(results: dict, *names: str) -> str:
-    """Which code made the records of these sweeps."""
+    """Which code made the records of these sweeps; +: edited files, or more than one commit."""
     made = {}
     for name in names:
         for rows in results[name].values():
             for row, cells in rows.items():
                 for record in filter(None, cells.values()):
-                    made.setdefault(record["commit"][:7], {})[row] = None
+                    commit = record["commit"][:7] + "+" * (len(record["commit"]) > 40)
+                    made.setdefault(commit, {})[row] = None
     return "Commits: " + "; ".join(f"{commit} ({', '.join(made[commit])})" for commit in made)
 
 
@@ -193,6 +198,8 @@ def best(results: dict) -> str:
     means = {row: {name: np.mean(x) for name, x in v.items()} for row, v in means.items()}
     order = sorted(means, key=lambda row: -means[row]["AP"])
     ranked = [row for row in order if row not in ("sequential", "joint")]
+    if any(math.isnan(values["AP"]) for values in means.values()):
+        raise InputError("cells are missing: run the sweeps all and all-baselines first")
     chosen = {"sequential", *ranked[:6], *PAPERS}
     table = [["mean over streams", *MEANS]]
     for row in ["joint", *(row for row in order if row in chosen)]:
@@ -209,7 +216,7 @@ def best(results: dict) -> str:
 def again(records: dict, new: dict) -> str:
     """How far runs are from their records, by (sweep, row, stream, seed): equal in every cell of
     the matrix; inside, if AP has moved by less than the half width of the 95% interval of AP over
-    the seeds of the row; or outside."""
+    the seeds of the row; outside; or not equal and no interval, as the row has a single seed."""
     table = [["sweep", "row", "stream", "seed", "AP", "again", "half width", "processor", ""]]
     for key, run in new.items():
         was, (name, row, stream, _) = records[key], key
@@ -218,11 +225,13 @@ def again(records: dict, new: dict) -> str:
         half = paired(values, [0] * len(values))[2] - np.mean(values)
         before, now = was["metrics"]["AP"], run["metrics"]["AP"]
         same = np.array_equal(*(np.array(r["matrix"], float) for r in (was, run)), equal_nan=True)
-        word = "equal" if same else "inside" if abs(now - before) <= half else "outside"
-        cpu = "same" if processor(was) == processor(run) else "another"
+        word = "inside" if abs(now - before) <= half else "outside"
+        word = "equal" if same else "no interval" if math.isnan(half) else word
+        cpu = "same" if processor(was) == processor(run) else "another or unknown"
         table.append([*map(str, key), show(before), show(now), show(half), cpu, word])
     words = [line[-1] for line in table[1:]]
-    counts = ", ".join(f"{words.count(word)} {word}" for word in ("equal", "inside", "outside"))
+    kinds = ("equal", "inside", "outside", "no interval")
+    counts = ", ".join(f"{words.count(word)} {word}" for word in kinds)
     return f"{grid(table, True)}\n\n{counts}"
 
 
@@ -345,8 +354,9 @@ def experts(results: dict) -> str:
     for row in (row for row in rows if row != OURS):
         other = per_seed(rows[row].values())
         seeds = sorted(set(chosen).intersection(other))
-        pairs = [list(zip(chosen[seed], other[seed])) for seed in seeds]
-        table.append([row, str(len(seeds)), *map(difference, zip(*pairs))])
+        pairs = zip(*(zip(chosen[s], other[s]) for s in seeds))
+        ap, af = map(difference, pairs) if seeds else ("-", "-")
+        table.append([row, str(len(seeds)), ap, af])
     return "\n\n".join([*texts, grid(lines, True), grid(table, True)])
 
 
@@ -372,7 +382,7 @@ def router(results: dict) -> str:
     )
     seeds = sorted(set(anew).intersection(on))
     pairs = [list(zip(on[seed], anew[seed])) for seed in seeds]
-    ap, af = map(difference, zip(*pairs))
+    ap, af = map(difference, zip(*pairs)) if pairs else ("-", "-")
     return f"{grid(table, True)}\n\nSeeds {seeds}: AP {ap}, AF {af}."
 
 

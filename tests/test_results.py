@@ -23,8 +23,8 @@ causes = importlib.import_module("causes")
 
 SETTINGS = """seed stream method lr epochs batch_size rank alpha targets dropout warm_up limit
     limit_test router beta gamma lambda_ang skills posterior layers shots router_lr buffer
-    router_epochs router_batch blind_shots routing reuse fixed_rank grouping sigma_share lambda_orth
-    buffer_share tau_alloc""".split()
+    router_epochs router_batch start features tau blind_shots routing reuse fixed_rank
+    grouping sigma_share lambda_orth buffer_share tau_alloc""".split()
 
 FAKE = """import sys; from files import read_json, write_json
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -81,7 +81,8 @@ def test_records_are_those_of_commands_that_scripts_understand(name, monkeypatch
         folders.add(args["out"])
         if cell not in records:
             continue
-        was, settings = records[cell]["args"], [*SETTINGS, f"{args.get('method')}_lambda"]
+        was, method = records[cell]["args"], args.get("method")
+        settings = [*SETTINGS, f"{method}_lambda", f"{method}_temperature"]
         settings = {key: args[key] for key in settings if key in args}
         if args.get("method") != "replay":  # records from before it was for all methods have 20
             settings.pop("buffer", None)
@@ -150,7 +151,7 @@ def test_a_missing_cell_is_run_and_added_once(
     for _ in range(2):  # anew each time
         run.again(5)
         assert "runs/again/try/zero-shot-toy-0" in started[-1] and "--resume" not in started[-1]
-        assert capsys.readouterr().out.endswith("1 equal, 0 inside, 0 outside\n")
+        assert capsys.readouterr().out.endswith("1 equal, 0 inside, 0 outside, 0 no interval\n")
     assert Path("try.jsonl").read_text() == f"{line}\n"
 
 
@@ -159,12 +160,13 @@ def test_a_run_again_is_equal_or_inside_the_interval_of_its_row_or_outside():
     records |= {("try", "alone", "one", 0): record()}
     half = 4.302653 / math.sqrt(3)  # t with two degrees of freedom; the deviation is 1
     now = {key: was["metrics"]["AP"] for key, was in records.items()}
+    now["try", "alone", "one", 0] += 0.1
     now["try", "row", "one", 1] += half - 0.01
     now["try", "row", "one", 2] -= half + 0.01
     text = tables.again(records, {key: record(ap=ap) for key, ap in now.items()})
     words = [line.split("|")[-2].strip() for line in text.split("\n")[2:6]]
-    assert words == ["equal", "inside", "outside", "equal"]
-    assert text.endswith("2 equal, 1 inside, 1 outside") and text.count("another") == 0
+    assert words == ["equal", "inside", "outside", "no interval"]
+    assert text.endswith("1 equal, 1 inside, 1 outside, 1 no interval")
 
 
 def test_the_best_table_has_six_methods_besides_those_of_the_papers():
