@@ -23,7 +23,7 @@ causes = importlib.import_module("causes")
 
 SETTINGS = """seed stream method lr epochs batch_size rank alpha targets dropout warm_up limit
     limit_test router beta gamma lambda_ang skills posterior layers shots router_lr buffer
-    router_epochs router_batch start features tau blind_shots routing reuse fixed_rank
+    router_epochs router_batch start features blind_shots routing reuse fixed_rank
     grouping sigma_share lambda_orth buffer_share tau_alloc""".split()
 
 FAKE = """import sys; from files import read_json, write_json
