@@ -169,6 +169,23 @@ def test_a_run_again_is_equal_or_inside_the_interval_of_its_row_or_outside():
     assert text.endswith("1 equal, 1 inside, 1 outside, 1 no interval")
 
 
+def test_methods_are_timed_on_one_processor_and_paired_by_seed():
+    plain = {seed: record(seed=seed, ap=40.0 + seed) for seed in range(2)}
+    slow = {seed: record(seed=seed, ap=45.0, seconds=90.0) for seed in range(2)}
+    away = {0: record(seconds=90.0, versions={"cpu": "b"}), 1: None}
+    results = {
+        "all": {"one": {"sequential": plain, "slow": slow, "joint": away}},
+        "all-baselines": {"one": {"sequential": {}}},
+    }
+    rows = tables.methods(results)
+    assert [runs["time"] for runs in rows["slow"]["one"].values()] == [1.5, 1.5]
+    assert math.isnan(rows["joint"]["one"][0]["time"])
+    (whole, counts), (by_stream,) = tables.gain(rows["slow"], rows["sequential"])
+    assert whole == by_stream == "+4.5 [-1.9, +10.9]" and counts == "0, 0"  # 5 and 4 points
+    seeds, means = tables.shared_means(rows)
+    assert seeds == {"one": {0}} and means["slow"]["AP"] == [45.0]
+
+
 def test_the_best_table_has_six_methods_besides_those_of_the_papers():
     rows = ["sequential", *tables.PAPERS, *"abcdefg", "joint"]
     ap = {row: 50.0 + k for k, row in enumerate(rows)}
