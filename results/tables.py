@@ -299,18 +299,28 @@ def methods_figure(results: dict, path: Path) -> None:
     """AP against AF, a dot per method, whose area shows the parameters stored."""
     _, means = shared_means(methods(results))
     figure, axes = plot.new_figure(height=5.0)
-    axis, names = axes[0, 0], ("AF", "AP", "stored (1000)")
-    for k, (row, values) in enumerate(means.items()):
+    axis, names, dots = axes[0, 0], ("AF", "AP", "stored (1000)"), []
+    for row, values in means.items():
         af, ap, stored = (np.mean(values[name]) for name in names)
-        if math.isnan(af):  # one test: no forgetting
+        if math.isnan(af):  # tested once: no forgetting
+            place = (1, ap), (-4, 2), ("axes fraction", "data"), "offset points"
             axis.axhline(ap, color="gray", linestyle=":")
-            axis.annotate(
-                row, (1, ap), (-4, 2), ("axes fraction", "data"), "offset points", ha="right"
-            )
-            continue
-        axis.scatter(af, ap, stored / 2, plot.COLORS[k % 7], alpha=0.5)
-        axis.annotate(row, (af, ap), (7, 3), textcoords="offset points")
+            axis.annotate(row, *place, ha="right")
+        else:
+            axis.scatter(af, ap, stored / 2, plot.COLORS[len(dots) % 7], alpha=0.5)
+            dots.append((row, (af, ap)))
+    axis.margins(x=0.18)
     axis.set(xlabel="AF (points): less is better", ylabel="AP (%): more is better")
+    taken = []
+    sides = [(x, y, "left" if x > 0 else "right") for x in (9, -9) for y in (6, -13, -3)]
+    for row, dot in dots:
+        for x, y, align in sides:  # the first that no other label is in the way of
+            label = axis.annotate(row, dot, (x, y), textcoords="offset points", ha=align)
+            box = label.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+            label.remove()
+        taken.append(box)
     figure.savefig(path)
 
 
