@@ -347,9 +347,12 @@ def new_images(options):
 
 
 def whole(options):
-    """Whole runs, one after the other."""
+    """Whole runs, one after the other: those with options.only in their name, and beside what."""
     seconds = {}
+    needed = {beside for what, (_, beside) in WHOLE.items() if options.only in what}
     for what, (command, beside) in WHOLE.items():
+        if options.only not in what and what not in needed:
+            continue
         script, *flags = command.replace("CUT", CUT).replace("FIVE", FIVE).split()
         out = options.out / what.replace(", ", "-").replace(" ", "-")
         words = [*flags, "--out", str(out), "--device", options.device, "--report", "none"]
@@ -406,6 +409,7 @@ def main():
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--model", default=TINY, type=Path, help="of peft, experts and input")
     parser.add_argument("--rounds", default=7, type=int, help="(default: 7)")
+    parser.add_argument("--only", default="", help="whole runs with this in their name")
     parser.add_argument("--save", action="store_true", help=f"append to {RECORDS.name}")
     parser.add_argument("--table", action="store_true", help="only print the records")
     options = parser.parse_args()
