@@ -92,7 +92,6 @@ BASELINES = {
     "RegLoRA": f"{REGLORA} 250",
     "CL-MoE": f"{CLMOE} 256",
     "SMoLoRA": f"{SMOLORA} 256",
-    "MR-LoRA, prototype router": "mllm_cl.py --lr {chosen} --router prototype",
 }
 BASELINE_SEARCH = (
     {"sequential": METHODS["sequential"]}
