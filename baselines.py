@@ -71,7 +71,7 @@ OWN_FLAGS = {
     "lwf_lambda": ("lwf", 0.25, 1.0),
     "olora_lambda": ("olora", 0.5, 0.05),
     "reglora_lambda": ("reglora", 2500.0, 250.0),
-    "experts": ("moelora clmoe smolora", 8, 8),
+    "experts": ("moelora, clmoe, smolora", 8, 8),
     "hide_temperature": ("hide", 0.1, 0.03),
     "hide_sum": ("hide", math.inf, 2.0),
 }
@@ -97,14 +97,14 @@ def parse(argv=None):
         return args
     tiny = data.is_tiny(args.model)
     for name, (methods, *values) in OWN_FLAGS.items():
-        own, given = args.method in methods.split(), getattr(args, name) is not None
+        own, given = args.method in methods.split(", "), getattr(args, name) is not None
         anywhere = name == "buffer" and args.method not in ("zeroshot", "joint")
         if given and not (own or anywhere):
-            raise InputError(f"--{name} belongs to --method {methods}: {args.method} ignores it")
+            raise InputError(f"--{name}: {args.method} ignores it; use --method {methods}")
         if not given and (own or name != "buffer"):
             setattr(args, name, values[tiny])
     args = data.resolve_defaults(args)
-    if args.method in OWN_FLAGS["experts"][0].split() and args.rank % args.experts:
+    if args.method in OWN_FLAGS["experts"][0].split(", ") and args.rank % args.experts:
         raise InputError(f"cannot divide --rank {args.rank} by --experts {args.experts}")
     if args.method in ("clmoe", "smolora") and args.experts % 2:  # they have two halves
         raise InputError(f"--experts {args.experts}: {args.method} needs an even number")

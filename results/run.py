@@ -10,12 +10,15 @@
 
 A sweep (sweeps.py) combines rows, which are a label and a command, with streams and seeds. Each
 combination is a cell: one process, whose summary.json becomes a line of results/NAME.jsonl. Cells
-that have a line are skipped, so a sweep can be stopped and started again. To run a cell again,
-delete its line and its folder in runs/sweep/NAME.
+that have a line are skipped, so a sweep can be stopped and started again. A line whose settings are
+not those that its command has today is dropped, and its cell run again. After a change of the code,
+delete a line and its folder in runs/sweep/NAME by hand.
 """
 
 import argparse
+import contextlib
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -32,17 +35,23 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import tables  # noqa: E402
-from sweeps import SWEEPS, Sweep, cells, source  # noqa: E402
+from sweeps import SWEEPS, Sweep, cells, folder_of, source  # noqa: E402
 
 from benchmarks import STREAMS  # noqa: E402
 from data import count  # noqa: E402
-from files import InputError, input_errors, read_json, write_text  # noqa: E402
+from files import InputError, input_errors, jsonable, read_json, write_text  # noqa: E402
 
 LOCK = threading.Lock()  # two cells may finish at the same time
 # what a record keeps of summary.json, where a run has it
 KEYS = """stream seed script command commit args stages scorers matrix metrics seconds
     seconds_by_part threads versions peak_memory_mb trainable_parameters stored_parameters cost
     drift routing_accuracy groups energy per_rank old_experts_weight blind novel captions""".split()
+# the settings that change a run; of a method's own, lambda and the like also belong to them
+SETTINGS = """seed stream method lr epochs batch_size rank alpha targets dropout warm_up limit
+    limit_test router beta gamma lambda_ang skills posterior layers shots router_lr router_epochs
+    router_batch start features blind_shots routing reuse fixed_rank grouping sigma_share
+    lambda_orth buffer_share tau_alloc""".split()
+OWN_SWEEPS = Path("runs/own")  # of --script
 
 
 def line_of(row: str, record: dict) -> dict:
@@ -81,8 +90,40 @@ def add(name: str, cell: tuple, folder: Path) -> None:
         done[cell] = line_of(cell[0], read_json(folder / "summary.json", dict))
         if cell[1:] != (was := (done[cell]["stream"], done[cell]["seed"])):
             raise InputError(f"{folder} has stream and seed {was}: the script must heed its flags")
-        lines = [json.dumps(done[key]) for key in sorted(done, key=lambda key: position(name, key))]
-        write_text(SWEEPS[name].records / f"{name}.jsonl", "\n".join(lines) + "\n")
+        write(name, done)
+
+
+def write(name: str, done: dict) -> None:
+    """Write the records of a sweep, sorted."""
+    lines = [json.dumps(done[key]) + "\n" for key in sorted(done, key=lambda x: position(name, x))]
+    write_text(SWEEPS[name].records / f"{name}.jsonl", "".join(lines))
+
+
+def changed(record: dict, command: str) -> bool:
+    """Whether a command has other settings today than its record: a default was changed."""
+    script, *flags = shlex.split(command)
+    with contextlib.redirect_stdout(None):
+        args = vars(importlib.import_module(Path(script).stem).parse(flags))
+    was, method = record["args"], args.get("method")
+    own = [f"{method}_lambda", f"{method}_temperature", f"{method}_sum"]
+    # before --buffer was for all methods, it was 20 in every record
+    own += ["buffer"] if method == "replay" or "--buffer " in command else []
+    now = jsonable({key: args.get(key) for key in [*SETTINGS, *own]})
+    # a run fills in what is None here: the epochs of a folder
+    return any(was.get(key) != value for key, value in now.items() if value is not None)
+
+
+def drop_changed(name: str) -> None:
+    """Drop the records and run folders of cells whose settings have changed."""
+    done, commands = read(name), cells(name)
+    known = [cell for cell in done if cell in commands]
+    stale = [cell for cell in known if changed(done[cell], commands[cell])]
+    for cell in stale:
+        print("its settings have changed since:", *cell, flush=True)
+        shutil.rmtree(folder_of(name, *cell), ignore_errors=True)
+        del done[cell]
+    if stale:
+        write(name, done)
 
 
 def start(command: str) -> str:
@@ -114,6 +155,8 @@ def run_cell(name: str, cell: tuple, command: str) -> str:
 
 def run_sweep(name: str) -> None:
     """Run the missing cells, two at a time. InputError names those that failed."""
+    if SWEEPS[name].records != OWN_SWEEPS:  # their names stand for their settings
+        drop_changed(name)
     done, commands = read(name), cells(name)
     missing = [cell for cell in commands if cell not in done]
     later = [cell for cell in missing if "--experts " in commands[cell]]
@@ -176,7 +219,7 @@ def own(script: str, flags="", shared="", streams="domains", seeds="0-2") -> str
     rows = {label: line.replace("{", "{{").replace("}", "}}") for label, line in rows.items()}
     digest = hashlib.sha256(f"{row}\n{shared}\n".encode() + path.read_bytes()).hexdigest()
     name = re.sub(r"[^\w.]+", "-", f"{path.stem} {flags}".strip())[:40] + f"-{digest[:8]}"
-    SWEEPS[name] = Sweep(names, numbers, rows, records=Path("runs/own"), runs=Path("runs/own"))
+    SWEEPS[name] = Sweep(names, numbers, rows, records=OWN_SWEEPS, runs=OWN_SWEEPS)
     return name
 
 

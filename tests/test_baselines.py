@@ -258,7 +258,7 @@ def test_smolora_picks_one_expert_by_sight_and_one_by_the_instruction(make, samp
 def test_any_method_can_replay(make):
     ewc, replay = make("ewc", "--buffer", "4"), make("replay", "--buffer", "4")
     assert [stage for _, stage in ewc.plan()] == [stage for _, stage in replay.plan()]
-    with pytest.raises(data.InputError, match="--buffer belongs to --method replay: joint ignores"):
+    with pytest.raises(data.InputError, match="--buffer: joint ignores it; use --method replay"):
         baselines.parse(["--method", "joint", "--buffer", "4"])
 
 

@@ -14,23 +14,21 @@ from conftest import run_here
 import attention
 import data
 import eval as evaluation
-from files import InputError, write_text
+from benchmarks import STREAMS
+from files import InputError, read_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "results"))  # run.py is a script, and imports its neighbors
 run, sweeps, tables = (importlib.import_module(name) for name in ("run", "sweeps", "tables"))
 causes = importlib.import_module("causes")
 
-SETTINGS = """seed stream method lr epochs batch_size rank alpha targets dropout warm_up limit
-    limit_test router beta gamma lambda_ang skills posterior layers shots router_lr buffer
-    router_epochs router_batch start features blind_shots routing reuse fixed_rank
-    grouping sigma_share lambda_orth buffer_share tau_alloc""".split()
-
-FAKE = """import sys; from files import read_json, write_json
+FAKE = """import json, os, sys
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-run, seed = read_json("record.json"), int(flags["--seed"]) * ("--deaf" not in flags)
+run, seed = json.load(open("record.json")), int(flags["--seed"]) * ("--deaf" not in flags)
 run["metrics"]["AP"] = 50 + seed + int(flags.get("--gain", 0)) * (1 + seed)
-write_json(flags["--out"] + "/summary.json", run | {"stream": flags["--stream"], "seed": seed})"""
+run |= {"stream": flags["--stream"], "seed": seed}
+os.makedirs(flags["--out"])
+json.dump(run, open(flags["--out"] + "/summary.json", "w"))"""
 
 
 def record(stream="one", seed=0, ap=50.0, **facts):
@@ -81,12 +79,10 @@ def test_records_are_those_of_commands_that_scripts_understand(name, monkeypatch
         folders.add(args["out"])
         if cell not in records:
             continue
-        was, method = records[cell]["args"], args.get("method")
-        settings = [*SETTINGS, f"{method}_lambda", f"{method}_temperature"]
-        settings = {key: args[key] for key in settings if key in args}
-        if args.get("method") != "replay":  # records from before it was for all methods have 20
-            settings.pop("buffer", None)
-        assert {key: was.get(key) for key in settings} == settings and records[cell]["seconds"] > 0
+        assert not run.changed(records[cell], command) and records[cell]["seconds"] > 0
+        if order := args["order"]:
+            stages = list(STREAMS[cell[1]].stages)
+            assert records[cell]["stages"] == data.ordered(stages, order)
         metrics = evaluation.metrics(records[cell]["matrix"])
         assert math.isfinite(metrics["AP"])
         for key, value in records[cell]["metrics"].items():
@@ -153,6 +149,11 @@ def test_a_missing_cell_is_run_and_added_once(
         assert "runs/again/try/zero-shot-toy-0" in started[-1] and "--resume" not in started[-1]
         assert capsys.readouterr().out.endswith("1 equal, 0 inside, 0 outside, 0 no interval\n")
     assert Path("try.jsonl").read_text() == f"{line}\n"
+    entry["args"]["rank"] += 1  # the default was another one
+    write_text("try.jsonl", json.dumps(entry) + "\n")
+    run.run_sweep("try")
+    assert read_json("try.jsonl")[0]["args"]["rank"] == entry["args"]["rank"] - 1
+    assert "--resume" not in started[-1]
 
 
 def test_a_run_again_is_equal_or_inside_the_interval_of_its_row_or_outside():
