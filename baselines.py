@@ -193,8 +193,8 @@ class ZeroShot(Sequential):
 class Joint(Sequential):
     def plan(self):
         """A stage with more epochs than others is repeated; the largest rate counts [7]."""
-        once = min(stage.epochs for stage in self.stages)
-        everything = [s for stage in self.stages for s in stage.train * round(stage.epochs / once)]
+        once = math.gcd(*(stage.epochs for stage in self.stages))
+        everything = [s for stage in self.stages for s in stage.train * (stage.epochs // once)]
         lr = max(stage.lr for stage in self.stages)
         return [(len(self.stages) - 1, Stage("all stages", everything, [], "", None, once, lr))]
 

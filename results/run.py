@@ -38,19 +38,19 @@ import tables  # noqa: E402
 from sweeps import SWEEPS, Sweep, cells, folder_of, source  # noqa: E402
 
 from benchmarks import STREAMS  # noqa: E402
-from data import count  # noqa: E402
-from files import InputError, input_errors, jsonable, read_json, write_text  # noqa: E402
+from data import count, ordered  # noqa: E402
+from eval import configuration  # noqa: E402
+from files import InputError, input_errors, read_json, write_text  # noqa: E402
 
 LOCK = threading.Lock()  # two cells may finish at the same time
 # what a record keeps of summary.json, where a run has it
 KEYS = """stream seed script command commit args stages scorers matrix metrics seconds
     seconds_by_part threads versions peak_memory_mb trainable_parameters stored_parameters cost
     drift routing_accuracy groups energy per_rank old_experts_weight blind novel captions""".split()
-# the settings that change a run; of a method's own, lambda and the like also belong to them
-SETTINGS = """seed stream method lr epochs batch_size rank alpha targets dropout warm_up limit
-    limit_test router beta gamma lambda_ang skills posterior layers shots router_lr router_epochs
-    router_batch start features blind_shots routing reuse fixed_rank grouping sigma_share
-    lambda_orth buffer_share tau_alloc""".split()
+# flags that are younger than some records, and what they were there (None: as today)
+EARLIER = """script model system device dtype threads skip_missing published match cross
+    weight_decay router_steps reglora_lambda hide_sum""".split()
+EARLIER = dict.fromkeys(EARLIER) | {"prototype_samples": "inf"}
 OWN_SWEEPS = Path("runs/own")  # of --script
 
 
@@ -76,9 +76,9 @@ def load(name: str) -> dict:
 
 
 def position(name: str, cell: tuple) -> tuple:
-    """Records are sorted by row, stream and seed; streams of an earlier command come last."""
-    (row, stream, seed), streams = cell, SWEEPS[name].streams
-    return list(SWEEPS[name].rows).index(row), [*streams, stream].index(stream), seed
+    """Records are sorted by row, stream and seed; those that the sweep no longer has come last."""
+    (row, stream, seed), streams, rows = cell, SWEEPS[name].streams, SWEEPS[name].rows
+    return [*rows, row].index(row), [*streams, stream].index(stream), seed
 
 
 def add(name: str, cell: tuple, folder: Path) -> None:
@@ -100,17 +100,23 @@ def write(name: str, done: dict) -> None:
 
 
 def changed(record: dict, command: str) -> bool:
-    """Whether a command has other settings today than its record: a default was changed."""
+    """Whether a command has other settings today than its record: a row or a default was edited."""
     script, *flags = shlex.split(command)
+    module = importlib.import_module(Path(script).stem)
     with contextlib.redirect_stdout(None):
-        args = vars(importlib.import_module(Path(script).stem).parse(flags))
-    was, method = record["args"], args.get("method")
-    own = [f"{method}_lambda", f"{method}_temperature", f"{method}_sum"]
-    # before --buffer was for all methods, it was 20 in every record
-    own += ["buffer"] if method == "replay" or "--buffer " in command else []
-    now = jsonable({key: args.get(key) for key in [*SETTINGS, *own]})
-    # a run fills in what is None here: the epochs of a folder
-    return any(was.get(key) != value for key, value in now.items() if value is not None)
+        args = module.parse(flags)
+    if args.order:  # records name the stages
+        args.order = ",".join(ordered(list(STREAMS[args.stream].stages), args.order))
+    now, was = configuration(args, module.__name__), record["args"]
+    for flag, (methods, *_) in getattr(module, "OWN_FLAGS", {}).items():
+        if args.method not in methods.split(", ") and (flag != "buffer" or now[flag] is None):
+            del now[flag]  # of another method
+    for key in ("eval_batch_size", "experts" if module.__name__ == "mllm_cl" else ""):
+        now.pop(key, None)  # how many answers at once; a path
+    if now["epochs"] is None:  # of a folder; the run sets them
+        del now["epochs"]
+    then = {key: now.get(key) if x is None else x for key, x in EARLIER.items()} | was
+    return any(then.get(key) != value for key, value in now.items())
 
 
 def drop_changed(name: str) -> None:
@@ -175,7 +181,8 @@ def again(n: int) -> None:
     from their records. Cells that take the experts of another run are left out."""
     commands = {(name, *cell): line for name in SWEEPS for cell, line in cells(name).items()}
     done = {(name, *cell): record for name in SWEEPS for cell, record in read(name).items()}
-    known = [key for key in done if "--experts " not in commands[key]]
+    known = [key for key in done if key in commands and "--experts " not in commands[key]]
+    known = [key for key in known if not changed(done[key], commands[key])]
     chosen, home, lines = random.sample(known, min(n, len(known))), Path("runs/again"), {}
     for key in chosen:
         *words, folder = shlex.split(commands[key])
@@ -191,7 +198,8 @@ def again(n: int) -> None:
 
 
 OWN = ("--flags", "--shared", "--streams", "--seeds")  # belong to --script
-DATA = "--data --model --order --limit --limit_test --skip_missing --hold_out --imbalance".split()
+DATA = """--data --model --order --limit --limit_test --skip_missing --hold_out --imbalance
+    --object_groups""".split()
 
 
 def own(script: str, flags="", shared="", streams="domains", seeds="0-2") -> str:

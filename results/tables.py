@@ -31,11 +31,12 @@ def details(record: dict) -> dict[str, float | None]:
     if isinstance(routed, list):  # mllm_cl.py: after every stage
         routed = {"expert": routed[-1]}
     stored = stored[-1] if isinstance(stored, list) else stored
-    full = record.get("per_rank", math.nan) * args["rank"] * T  # cram.py: a LoRA of rank r per task
+    # cram.py: a LoRA of rank r per task
+    full = record.get("per_rank", math.nan) * args.get("rank", math.nan) * T
     energy = [share for share in record.get("energy", []) if share is not None]
     kept = dict.fromkeys(KEEP_NOTHING, 0) | {"replay": args.get("buffer")}  # by method, or script
     kept = kept.get(args.get("method", record["script"]), math.nan)
-    if "--buffer " in record.get("command", ""):  # any baseline
+    if "--buffer" in record.get("command", ""):  # any baseline
         kept = args["buffer"]
     if record["script"] == "mllm_cl" and args["router"] in ("mllm", "generate"):
         kept = args["shots"]
@@ -70,7 +71,7 @@ def finished(cells: dict) -> dict[int, dict]:
 
 
 def column(runs: dict, name: str) -> list[float]:
-    return [values[name] for values in runs.values()]
+    return [values.get(name, math.nan) for values in runs.values()]
 
 
 def mean(values: list) -> str:
@@ -92,7 +93,8 @@ def sweep_tables(name: str, sweep: dict) -> str:
         records = [record for cells in rows.values() for record in cells.values() if record]
         if records:
             texts.append(columns_table("row", runs, details(records[0]), mean_std))
-            texts.append(columns_table("after the last stage", runs, records[0]["stages"], mean))
+            stages = dict.fromkeys(stage for record in records for stage in record["stages"])
+            texts.append(columns_table("after the last stage", runs, stages, mean))
     return "\n\n".join(texts)
 
 

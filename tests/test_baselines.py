@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -156,11 +157,13 @@ def test_disco_weighs_experts_by_the_question_alone(make, samples):
         disco.before(t, stage)
         change(disco)
         disco.after(t, stage)
-    some = [
-        samples[0],
-        replace(samples[0], image=samples[3].image),
-        replace(samples[1], image=None),
-    ]
+    table = disco.llava.model.get_input_embeddings().weight
+    split = partial(disco.llava.processor.tokenizer, add_special_tokens=False)
+    for stage, mean in zip(disco.stages, disco.anchors):
+        means = [table[split(sample.question)["input_ids"]].mean(0) for sample in stage.train]
+        torch.testing.assert_close(mean, torch.stack(means).mean(0) - table.mean(0))
+    other = replace(samples[0], image=samples[3].image)
+    some = [samples[0], other, replace(samples[1], image=None)]
     assert len(disco.answer(some)) == 3
     words, means = disco.words(some), torch.stack(disco.anchors)
     cosines = torch.nn.functional.cosine_similarity(words[:, None], means[None], -1)
@@ -192,6 +195,7 @@ def test_reglora_holds_the_entries_that_earlier_stages_changed_most(make, sample
         layer.B[:, 0] = 1
         layer.A.zero_()
         free = away.all(0).nonzero()[:, 0]
+        assert len(free)
         layer.A[0, free] = 5.0
     assert reglora.change(layer, kept) == 0  # a change elsewhere is free
     layer.dropout, x = 0.5, torch.randn(9, layer.base.in_features)
@@ -228,7 +232,10 @@ def test_smolora_picks_one_expert_by_sight_and_one_by_the_instruction(make, samp
     layers = list(smolora.llava.layers.values())
     gates = [copies((layer.V, layer.I)) for layer in layers]
     some = [samples[0], replace(samples[0], image=samples[3].image), samples[1]]
-    smolora.losses(0, smolora.llava.batch(some, train=True))["task"].backward()
+    batch = smolora.llava.batch(some, train=True)
+    smolora.losses(0, batch)["task"].backward()
+    seen = batch["input_ids"] == smolora.llava.model.config.image_token_id
+    assert seen.any() and smolora.routing["mask"][seen].all()  # the gates see the image
     for layer in layers:
         sight, instruction = layer.chosen
         assert instruction[0] == instruction[1]  # the same words

@@ -92,7 +92,7 @@ def test_records_are_those_of_commands_that_scripts_understand(name, monkeypatch
 
 def test_every_table_is_printed(capsys, monkeypatch):
     monkeypatch.delitem(tables.TABLES, "figures")  # it draws
-    for name in (*tables.TABLES, "cram"):
+    for name in (*tables.TABLES, "cram", "asr-swap"):
         run.main([name, "--table"])
         assert capsys.readouterr().out.count("\n|") > 3
 
@@ -170,6 +170,21 @@ def test_a_run_again_is_equal_or_inside_the_interval_of_its_row_or_outside():
     assert text.endswith("1 equal, 1 inside, 1 outside, 1 no interval")
 
 
+def test_what_a_run_stores_and_keeps():
+    def counted(script="baselines", **args):
+        flags = f" --buffer={args['buffer']}" if args.get("method") == "ewc" else ""
+        facts = {"stored_parameters": [100, 2000], "command": f"python {script}.py{flags}"}
+        facts["args"] = {"rank": 16, "shots": 9} | args
+        values = tables.details(record(script=script, **facts))
+        assert values["stored (1000)"] == 2.0  # after the last of two stages
+        return values["kept samples"]
+
+    assert counted(method="sequential", buffer=20) == 0  # old records have the default of replay
+    assert counted(method="replay", buffer=7) == counted(method="ewc", buffer=7) == 7
+    assert counted("mllm_cl", router="mllm") == 9 and counted("mllm_cl", router="prototype") == 0
+    assert counted("cram") == 0 and math.isnan(counted(method="joint"))
+
+
 def test_methods_are_timed_on_one_processor_and_paired_by_seed():
     plain = {seed: record(seed=seed, ap=40.0 + seed) for seed in range(2)}
     slow = {seed: record(seed=seed, ap=45.0, seconds=90.0) for seed in range(2)}
@@ -187,7 +202,7 @@ def test_methods_are_timed_on_one_processor_and_paired_by_seed():
     assert seeds == {"one": {0}} and means["slow"]["AP"] == [45.0]
 
 
-def test_the_best_table_has_six_methods_besides_those_of_the_papers():
+def test_the_best_table_has_the_six_best_and_the_methods_of_the_papers():
     rows = ["sequential", *tables.PAPERS, *"abcdefg", "joint"]
     ap = {row: 50.0 + k for k, row in enumerate(rows)}
     every = {row: {0: record(ap=ap[row])} for row in rows}
