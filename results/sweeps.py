@@ -77,9 +77,9 @@ METHODS = {
     "experts + LDA (ours)": f"{EXPERTS} --start mean",  # search-start chose it
     "joint": f"{JOINT} --lr {{joint}}",
 }
-VQACL_ORDERS = {"sequential": METHODS["sequential"], "ASR": f"{ASR} --lr {{shared}}"}
-VQACL_ORDERS["CRAM"] = METHODS["CRAM"]
-ORDERS = VQACL_ORDERS | {"MR-LoRA": f"{MR} --lr {{chosen}}"}  # ten routers of vqacl take long
+SOME = ("sequential", "ASR", "CRAM", "experts + LDA (ours)")
+VQACL_ORDERS = {row: METHODS[row] for row in SOME}
+ORDERS = VQACL_ORDERS | {"MR-LoRA": METHODS["MR-LoRA"]}  # ten routers of vqacl take long
 BASELINES = {
     "sequential": METHODS["sequential"],
     "zero-shot": ZERO_SHOT,
@@ -92,6 +92,7 @@ BASELINES = {
     "RegLoRA": f"{REGLORA} 250",
     "CL-MoE": f"{CLMOE} 256",
     "SMoLoRA": f"{SMOLORA} 256",
+    "MR-LoRA, prototype router": "mllm_cl.py --lr {chosen} --router prototype",
 }
 BASELINE_SEARCH = (
     {"sequential": METHODS["sequential"]}
@@ -231,7 +232,7 @@ SWEEPS = {
     # all methods on seven streams, the searches for them, and other orders of the stages
     "all": Sweep([*CUT, "dcl", "acl"], range(5), METHODS, "{cut}"),
     "all-baselines": Sweep([*CUT, "dcl", "acl"], range(3), BASELINES, "{cut}"),
-    "rate-all": Sweep(CUT, [5], RATE_SEARCH, "{cut}"),
+    "rate-all": Sweep([*CUT, "dcl", "acl"], [5], RATE_SEARCH, "{cut}"),
     "rate-experts": Sweep([*CUT, "dcl", "acl"], [5], WARM_SEARCH, "{cut}"),
     "search-start": Sweep([*CUT, "dcl", "acl"], range(5, 8), CONTENDERS, "{cut}"),
     "experts-start": Sweep([*CUT, "dcl", "acl"], range(3), STARTS, "{cut}"),
