@@ -174,8 +174,7 @@ def gain(runs: dict, plain: dict) -> tuple[list[str], list[str]]:
     ]
     spans = [paired(*zip(*some))[1:3] for some in pairs if some]
     counts = f"{sum(low > 0 for low, _ in spans)}, {sum(high < 0 for _, high in spans)}"
-    method, usual = per_seed(runs.values()), per_seed(plain.values())
-    whole = difference([(method[s][0], usual[s][0]) for s in method if s in usual])
+    whole = minus(per_seed(runs.values()), per_seed(plain.values()))
     if runs is plain:
         whole = counts = ""
     return [whole, counts], [*map(difference, pairs)]
@@ -352,23 +351,18 @@ def experts(results: dict) -> str:
     rows = methods(results)
     lines = [[f"{OURS} minus MR-LoRA", "seeds", "AP"]]
     for stream, runs in rows[OURS].items():
-        theirs = rows["MR-LoRA"][stream]
-        both = [(runs[seed]["AP"], theirs[seed]["AP"]) for seed in runs if seed in theirs]
-        lines.append([stream, str(len(both)), difference(both)])
+        ours, theirs = per_seed([runs]), per_seed([rows["MR-LoRA"][stream]])
+        lines.append([stream, *counted_minus(ours, theirs)])
     chosen, theirs = per_seed(rows[OURS].values()), per_seed(rows["MR-LoRA"].values())
-    later = [(chosen[s][0], theirs[s][0]) for s in (3, 4) if s in chosen and s in theirs]
-    lines.append(["mean, seeds 3 and 4 alone", str(len(later)), difference(later)])
+    later = {seed: chosen[seed] for seed in (3, 4) if seed in chosen}
+    lines.append(["mean, seeds 3 and 4 alone", *counted_minus(later, theirs)])
     starts = results["experts-start"].values()
-    starts = {row: per_seed(finished(x[row]) for x in starts) for row in ("mean", "fresh")}
-    starts = [(starts["mean"][seed][0], fresh[0]) for seed, fresh in starts["fresh"].items()]
-    lines.append(["start: mean minus fresh", str(len(starts)), difference(starts)])
+    warm, fresh = (per_seed(finished(x[row]) for x in starts) for row in ("mean", "fresh"))
+    lines.append(["start: mean minus fresh", *counted_minus(warm, fresh)])
     table = [[f"{OURS} minus", "seeds", "AP", "AF"]]
     for row in (row for row in rows if row != OURS):
         other = per_seed(rows[row].values())
-        seeds = sorted(set(chosen).intersection(other))
-        pairs = zip(*(zip(chosen[s], other[s]) for s in seeds))
-        ap, af = map(difference, pairs) if seeds else ("-", "-")
-        table.append([row, str(len(seeds)), ap, af])
+        table.append([row, *counted_minus(chosen, other), minus(chosen, other, 1)])
     return "\n\n".join([*texts, grid(lines, True), grid(table, True)])
 
 
@@ -392,9 +386,7 @@ def router(results: dict) -> str:
     anew, on = (
         per_seed(finished(rows[row]) for rows in both.values()) for row in ("anew", GOES_ON)
     )
-    seeds = sorted(set(anew).intersection(on))
-    pairs = [list(zip(on[seed], anew[seed])) for seed in seeds]
-    ap, af = map(difference, zip(*pairs)) if pairs else ("-", "-")
+    seeds, ap, af = sorted(set(anew).intersection(on)), minus(on, anew), minus(on, anew, 1)
     return f"{grid(table, True)}\n\nSeeds {seeds}: AP {ap}, AF {af}."
 
 
@@ -405,6 +397,16 @@ def per_seed(streams) -> dict[int, tuple[float, float]]:
         seed: tuple(np.mean([runs[seed][name] for runs in streams]) for name in ("AP", "AF"))
         for seed in set.intersection(*map(set, streams))
     }
+
+
+def minus(a: dict, b: dict, k: int = 0) -> str:
+    """Difference of the k-th numbers of {seed: numbers}, paired by seed."""
+    return difference([(a[seed][k], b[seed][k]) for seed in a if seed in b])
+
+
+def counted_minus(a: dict, b: dict) -> tuple[str, str]:
+    """How many seeds both have, and the difference of their AP."""
+    return str(len(set(a).intersection(b))), minus(a, b)
 
 
 TABLES = {"choice": choice, "best": best, "beside": beside, "drift": drift, "experts": experts}
