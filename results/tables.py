@@ -6,6 +6,7 @@ means over seeds. Differences between rows are paired by seed and have a 95% t i
 
 import json
 import math
+import re
 from pathlib import Path
 
 import asr_page
@@ -36,7 +37,7 @@ def details(record: dict) -> dict[str, float | None]:
     energy = [share for share in record.get("energy", []) if share is not None]
     kept = dict.fromkeys(KEEP_NOTHING, 0) | {"replay": args.get("buffer")}  # by method, or script
     kept = kept.get(args.get("method", record["script"]), math.nan)
-    if "--buffer" in record.get("command", ""):  # any baseline
+    if re.search("--buffer[ =]", record.get("command", "")):  # any baseline
         kept = args["buffer"]
     if record["script"] == "mllm_cl" and args["router"] in ("mllm", "generate"):
         kept = args["shots"]
