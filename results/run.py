@@ -242,7 +242,7 @@ def main(argv=None) -> None:
     add = parser.add_argument_group("your own script (docs/baselines.md)").add_argument
     about = "compare it with sequential LoRA; it must know --stream --seed --threads --out --resume"
     add("--script", metavar="FILE", help=about)
-    add("--flags", help='its flags, such as "--alpha 3"')
+    add("--flags", help='its flags, such as "--method ewc"')
     add("--shared", metavar="FLAGS", help='flags of both rows, such as "--limit 160"')
     add("--streams", metavar="A,B", help="names or folders (default: domains)")
     add("--seeds", help="such as 0-4 or 0,2,5 (default: 0-2)")
