@@ -142,7 +142,8 @@ def shared_means(rows: dict) -> tuple[dict, dict]:
 
 
 def mean_of(cells: list[dict], name: str) -> float:
-    return float(np.mean([values[name] for values in cells])) if cells else math.nan
+    numbers = [values[name] for values in cells if not math.isnan(values[name])]
+    return float(np.mean(numbers)) if numbers else math.nan
 
 
 def choice(results: dict) -> str:
