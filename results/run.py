@@ -105,9 +105,10 @@ def changed(record: dict, command: str) -> bool:
     module = importlib.import_module(Path(script).stem)
     with contextlib.redirect_stdout(None):
         args = module.parse(flags)
-    if args.order:  # records name the stages
-        args.order = ",".join(ordered(list(STREAMS[args.stream].stages), args.order))
-    now, was = configuration(args, module.__name__), record["args"]
+    now, was = configuration(args, module.__name__), dict(record["args"])
+    for settings in (now, was):
+        if order := settings.get("order"):  # "reverse", or the names of the stages
+            settings["order"] = ordered(list(STREAMS[args.stream].stages), order)
     for flag, (methods, *_) in getattr(module, "OWN_FLAGS", {}).items():
         if args.method not in methods.split(", ") and (flag != "buffer" or now[flag] is None):
             del now[flag]  # of another method
