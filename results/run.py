@@ -47,7 +47,7 @@ LOCK = threading.Lock()  # two cells may finish at the same time
 KEYS = """stream seed script command commit args stages scorers matrix metrics seconds
     seconds_by_part threads versions peak_memory_mb trainable_parameters stored_parameters cost
     drift routing_accuracy groups energy per_rank old_experts_weight blind novel captions""".split()
-# flags that are younger than some records, and what they were there (None: as today)
+# flags that are younger than some records (add new ones), with their value there; None: as today
 EARLIER = """script model system device dtype threads skip_missing published match cross
     weight_decay router_steps reglora_lambda hide_sum""".split()
 EARLIER = dict.fromkeys(EARLIER) | {"prototype_samples": "inf"}
