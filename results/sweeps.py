@@ -77,8 +77,8 @@ METHODS = {
     "experts + LDA (ours)": f"{EXPERTS} --start mean",  # search-start chose it
     "joint": f"{JOINT} --lr {{joint}}",
 }
-SOME = ("sequential", "ASR", "CRAM", "experts + LDA (ours)")
-VQACL_ORDERS = {row: METHODS[row] for row in SOME}
+REORDERED = ("sequential", "ASR", "CRAM", "experts + LDA (ours)")
+VQACL_ORDERS = {row: METHODS[row] for row in REORDERED}
 ORDERS = VQACL_ORDERS | {"MR-LoRA": METHODS["MR-LoRA"]}  # ten routers of vqacl take long
 BASELINES = {
     "sequential": METHODS["sequential"],

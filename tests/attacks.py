@@ -691,6 +691,7 @@ def hold_paths():
 
 
 def main(chosen):
+    # the attacks are forked from this process, where torch has one thread
     warnings.filterwarnings("ignore", "This process .* is multi-threaded")
     os.chdir(ROOT)
     torch.set_num_threads(1)
