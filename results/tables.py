@@ -11,6 +11,7 @@ from pathlib import Path
 
 import asr_page
 import numpy as np
+from matplotlib.transforms import Bbox
 
 import plot
 from eval import compared, difference, grid, mean_std, paired, show
@@ -311,18 +312,26 @@ def methods_figure(results: dict, path: Path) -> None:
             axis.annotate(row, *place, ha="right")
         else:
             axis.scatter(af, ap, stored / 2, plot.COLORS[len(dots) % 7], alpha=0.5)
-            dots.append((row, (af, ap)))
-    axis.margins(x=0.18)
+            dots.append((row.replace(", ", ",\n"), (af, ap)))
+    axis.margins(x=0.25)
     axis.set(xlabel="AF (points): less is better", ylabel="AP (%): more is better")
-    taken = []
-    sides = [(x, y, "left" if x > 0 else "right") for x in (9, -9) for y in (6, -13, -3)]
+    for _ in range(2):  # the second time, the layout has settled
+        figure.draw_without_rendering()
+    taken = []  # labels keep clear of dots and of one another
+    for dot in axis.collections:
+        x, y = axis.transData.transform(dot.get_offsets()[0])
+        half = math.sqrt(dot.get_sizes()[0] / math.pi) * figure.dpi / 72 * 0.8
+        taken.append(Bbox([[x - half, y - half], [x + half, y + half]]))
+    sides = [(x, y, "left" if x > 0 else "right") for y in (4, -13, 14, -26) for x in (11, -11)]
     for row, dot in dots:
-        for x, y, align in sides:  # the first that no other label is in the way of
+        for x, y, align in sides:
             label = axis.annotate(row, dot, (x, y), textcoords="offset points", ha=align)
             box = label.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
+            if box.x0 > axis.bbox.x0 and not any(box.overlaps(other) for other in taken):
                 break
             label.remove()
+        else:  # no room: any side
+            box = axis.annotate(row, dot, (9, 6), textcoords="offset points").get_window_extent()
         taken.append(box)
     figure.savefig(path)
 
